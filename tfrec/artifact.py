@@ -1,0 +1,276 @@
+"""Artifact: what a stage leaves on disk, and the only thing that stages hand to each other.
+
+A folder with a payload and a ``manifest.json``. The manifest is written last and holds the
+SHA-256 of every file, so a folder without one is unfinished and a changed byte is found. The
+folder appears under its name in one rename; whatever was there before stays until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tfrec
+from tfrec.errors import ArtifactError, SetupError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder of one ``kind``.
+
+    Attributes:
+      path: The folder.
+      kind: What it is: ``dataset``, ``retrieval``, ``ranking``, ``report``.
+      config: The plain configuration values it was made with.
+      parents: Role -> digest of the artifacts it was made from.
+      metrics: Numbers worth knowing about it.
+      files: Path inside the folder -> ``{"sha256": str, "bytes": int}``.
+      digest: SHA-256 over kind, config, parents and files: equal content, equal digest.
+    """
+
+    path: Path
+    kind: str
+    config: Mapping[str, Any]
+    parents: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    digest: str
+    created: str = ""
+    tfrec_version: str = ""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
+        """Reads the manifest and checks the digest of every file.
+
+        Raises:
+          ArtifactError: there is no finished artifact of this kind, or a file was changed.
+        """
+        found = cls.peek(path, kind)
+        for name, entry in found.files.items():
+            _check_file(found.path / name, entry)
+        return found
+
+    @classmethod
+    def peek(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
+        """Reads the manifest alone, without looking at the payload."""
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        if manifest.get("format") != FORMAT:
+            raise ArtifactError(
+                f"{folder} has artifact format {manifest.get('format')}, and this tfrec "
+                f"{tfrec.__version__} reads format {FORMAT}; make it again with this version"
+            )
+        if kind is not None and manifest["kind"] != kind:
+            raise ArtifactError(f"{folder} is a {manifest['kind']} artifact, not a {kind}")
+        found = cls(
+            path=folder,
+            kind=manifest["kind"],
+            config=manifest["config"],
+            parents=manifest["parents"],
+            metrics=manifest["metrics"],
+            files=manifest["files"],
+            digest=manifest["digest"],
+            created=manifest["created"],
+            tfrec_version=manifest["tfrec_version"],
+        )
+        expected = content_digest(found.kind, found.config, found.parents, found.files)
+        if found.digest != expected:
+            raise ArtifactError(f"{folder / MANIFEST} was changed after it was written")
+        return found
+
+    def file(self, name: str) -> Path:
+        """Path of a payload file.
+
+        Raises:
+          ArtifactError: the artifact has no such file.
+        """
+        if name not in self.files:
+            raise ArtifactError(f"the {self.kind} artifact {self.path} has no file '{name}'")
+        return self.path / name
+
+
+@dataclass
+class Draft:
+    """An artifact being written: put files under ``path``, numbers into ``metrics``."""
+
+    path: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def writing(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Artifact] | None = None,
+) -> Iterator[Draft]:
+    """Opens a draft that becomes the artifact at ``path`` when the block ends without error.
+
+    Raises:
+      SetupError: the disk is full or cannot be written.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial")
+    with _disk_errors(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            draft = Draft(partial)
+            yield draft
+            lineage = {role: parent.digest for role, parent in (parents or {}).items()}
+            _write_manifest(partial, kind, config, lineage, draft.metrics)
+            _swap(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def content_digest(
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    files: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """SHA-256 of what an artifact is made from and holds, as hex."""
+    content = {"kind": kind, "config": config, "parents": parents, "files": files}
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def recipe_digest(
+    kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact] | None = None
+) -> str:
+    """SHA-256 of what an artifact is to be made from: equal recipe, no need to make it again."""
+    lineage = {role: parent.digest for role, parent in (parents or {}).items()}
+    content = {"kind": kind, "config": config, "parents": lineage}
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def current(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Artifact] | None = None,
+) -> Artifact | None:
+    """The finished artifact at ``path`` if it was made by this very recipe, else None."""
+    if not (Path(path) / MANIFEST).exists():
+        return None
+    try:
+        found = Artifact.load(path, kind)
+    except ArtifactError:
+        return None
+    lineage = {role: parent.digest for role, parent in (parents or {}).items()}
+    same = _canonical(dict(found.config)) == _canonical(dict(config))
+    return found if same and dict(found.parents) == lineage else None
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    with _disk_errors(target):
+        with open(partial, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no artifact at {folder}; run the stage that makes it first")
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is unfinished or no artifact")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        missing = {"format", "kind", "config", "parents", "metrics", "files", "digest"} - set(
+            manifest
+        )
+    except (ValueError, TypeError):
+        raise ArtifactError(f"{path} is damaged: it is not the JSON of an artifact") from None
+    if missing and manifest.get("format") == FORMAT:
+        raise ArtifactError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    return dict(manifest)
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing from its artifact; make the artifact again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(f"{path} has {size} bytes, not {entry['bytes']}: it was changed")
+    if file_digest(path) != entry["sha256"]:
+        raise ArtifactError(f"{path} does not match its digest: it was changed")
+
+
+def _write_manifest(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    metrics: Mapping[str, Any],
+) -> None:
+    files = {
+        str(path.relative_to(folder)): {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "tfrec_version": tfrec.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": dict(config),
+        "parents": dict(parents),
+        "metrics": dict(metrics),
+        "files": files,
+        "digest": content_digest(kind, config, parents, files),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"no space left on the disk while writing {path}; free some, or choose another --out"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise SetupError(f"{path} cannot be written: {error.strerror}") from None
+        raise

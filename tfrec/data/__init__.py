@@ -1,0 +1,1 @@
+"""Data: interactions, catalog and users, their sources, splits and batches."""

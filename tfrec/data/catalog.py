@@ -1,0 +1,175 @@
+"""Catalog and Users: what can be recommended, and to whom.
+
+The Catalog is the only owner of item id <-> row. Row 0 is the unknown item, and adding an item
+never renumbers another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfrec.errors import InputError
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """How attributes become a dense vector: one-hot words, then scaled numbers.
+
+    Attributes:
+      vocabularies: Categorical column -> its known values, in the order of their one-hot places.
+      numeric: Numeric column -> (mean, standard deviation) by which it is normalised.
+      separator: Splits several values in one categorical cell.
+    """
+
+    vocabularies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    numeric: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    separator: str = "|"
+
+    @property
+    def width(self) -> int:
+        """Length of the vector."""
+        return sum(len(v) for v in self.vocabularies.values()) + len(self.numeric)
+
+    def encode(self, attributes: Mapping[str, Sequence[str]], rows: int) -> NDArray[np.float32]:
+        """Encodes columns of text cells; missing columns, empty cells and new words give zeros.
+
+        Args:
+          attributes: Column -> one cell for each row, as strings.
+          rows: How many rows there are.
+
+        Returns:
+          float32 (rows, width). A cell of m known values has 1 / sqrt(m) in each place.
+
+        Raises:
+          InputError: a numeric cell is not a finite number.
+        """
+        out = np.zeros((rows, self.width), np.float32)
+        start = 0
+        for name, vocabulary in self.vocabularies.items():
+            place = {word: start + i for i, word in enumerate(vocabulary)}
+            for row, cell in enumerate(attributes.get(name, ())):
+                hits = [place[w] for w in set(cell.split(self.separator)) if w in place]
+                out[row, hits] = 1.0 / np.sqrt(max(len(hits), 1))
+            start += len(vocabulary)
+        for name, (mean, deviation) in self.numeric.items():
+            for row, cell in enumerate(attributes.get(name, ())):
+                if cell != "":
+                    out[row, start] = (_number(name, cell) - mean) / deviation
+            start += 1
+        return out
+
+
+def _number(column: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise InputError(f"column '{column}' holds '{cell}', which is not a finite number")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Ids with titles, texts and attributes; row i of everything belongs to ``ids[i]``.
+
+    Attributes:
+      ids: Opaque strings, unique.
+      titles: What a person reads. Users have none and repeat their id.
+      texts: What the BERT reads; may be empty.
+      attributes: Column -> one cell for each row, as strings; empty where unknown.
+      schema: How the attributes become features.
+    """
+
+    ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    texts: tuple[str, ...]
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    schema: FeatureSchema = field(default_factory=FeatureSchema)
+
+    def __post_init__(self) -> None:
+        columns = {"titles": self.titles, "texts": self.texts, **self.attributes}
+        for name, values in columns.items():
+            if len(values) != len(self.ids):
+                raise InputError(f"'{name}' has {len(values)} rows and there are {len(self.ids)} ids")
+        if len(set(self.ids)) != len(self.ids):
+            raise InputError(f"{self._what} id '{_first_duplicate(self.ids)}' stands there twice")
+
+    _what = "row"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.ids)}
+
+    @cached_property
+    def features(self) -> NDArray[np.float32]:
+        """float32 (len(self), schema.width)."""
+        return self.schema.encode(self.attributes, len(self))
+
+
+class Catalog(Table):
+    """The items. Row 0 is the unknown item: its id, title and text are empty."""
+
+    _what = "item"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ids or self.ids[0] != "":
+            raise InputError("row 0 of a catalog is the unknown item, whose id is empty")
+
+    @property
+    def num_items(self) -> int:
+        """Items without the unknown one."""
+        return len(self.ids) - 1
+
+    def row(self, item_id: str) -> int:
+        """Row of an item; 0 if it is not known."""
+        return self._row_of.get(item_id, 0)
+
+    def rows(self, item_ids: Iterable[str]) -> NDArray[np.int32]:
+        """int32 rows of the given ids; 0 for those not known."""
+        return np.fromiter((self._row_of.get(i, 0) for i in item_ids), np.int32)
+
+    def added(self, other: Catalog) -> Catalog:
+        """This catalog with the items of ``other`` after its own; no row moves.
+
+        Raises:
+          InputError: an id of ``other`` is here already.
+        """
+        return Catalog(
+            ids=self.ids + other.ids[1:],
+            titles=self.titles + other.titles[1:],
+            texts=self.texts + other.texts[1:],
+            attributes={
+                name: cells + tuple(other.attributes.get(name, ("",) * len(other)))[1:]
+                for name, cells in self.attributes.items()
+            },
+            schema=self.schema,
+        )
+
+
+class Users(Table):
+    """The users; ``texts`` are their profiles."""
+
+    _what = "user"
+
+    def row(self, user_id: str) -> int:
+        """Row of a user; -1 if he is not known."""
+        return self._row_of.get(user_id, -1)
+
+
+def _first_duplicate(values: Sequence[str]) -> str:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return ""

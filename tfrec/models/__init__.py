@@ -1,0 +1,1 @@
+"""Models: the text encoder, the two towers, the ranker, their losses and tuning."""

@@ -1,0 +1,1 @@
+"""Stages: each takes artifacts from disk and leaves one artifact on disk."""
