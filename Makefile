@@ -1,0 +1,64 @@
+# The commands of the README. Each works alone on a machine with Python 3.11 to 3.13, make and git.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+
+# A stamp says what .venv holds; `dev` holds all of `train`, so its stamp counts as both.
+PINS := pyproject.toml constraints.txt
+TRAIN := .venv/.installed-train
+DEV := .venv/.installed-dev
+
+.PHONY: help setup setup-train demo test check docs bench bench-train clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+demo: $(TRAIN) ## set up what training needs, then the main job on MovieLens-100K
+	$(BIN)/tfrec run movielens-100k
+
+test: $(DEV) ## set up everything, then run the tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(DEV) ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(DEV) ## write the generated pages of docs/ again
+	$(BIN)/python docs/generate.py
+
+bench: $(DEV) ## measure everything that docs/benchmarks quotes (hours on two cores)
+	@set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+bench-train: $(DEV) ## training throughput beside RecTools, in one run
+	$(BIN)/python benchmarks/train_throughput.py
+
+setup: $(DEV) ## .venv with everything
+
+setup-train: $(TRAIN) ## .venv with what training needs
+
+clean: ## remove .venv and caches; runs in saved_models/ stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 with venv is needed" \
+		"(Debian: apt install python3 python3-venv); or say which: make PYTHON=/path/to/python3.11"; exit 3; }
+	@$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-input -c constraints.txt --upgrade pip || { rm -rf .venv; exit 3; }
+
+$(TRAIN): .venv/bin/python $(PINS)
+	@echo "installing the pinned packages for training (about 2 GB, one to three minutes) ..."
+	$(PIP) -e '.[train]'
+	@touch $@
+
+$(DEV): .venv/bin/python $(PINS)
+	@echo "installing the pinned packages for training and development ..."
+	$(PIP) -e '.[dev]'
+	@touch $(TRAIN) $@

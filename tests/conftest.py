@@ -1,0 +1,38 @@
+"""Fixtures that every test may use. The environment is set before anything imports TensorFlow."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.update(
+    TF_CPP_MIN_LOG_LEVEL="3",
+    TF_NUM_INTRAOP_THREADS="1",
+    TF_NUM_INTEROP_THREADS="1",
+    TF_ENABLE_ONEDNN_OPTS="0",
+    TF_USE_LEGACY_KERAS="1",
+    KERAS_BACKEND="tensorflow",
+    CUDA_VISIBLE_DEVICES="",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import numpy as np
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(1)
+    np.random.seed(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of raw public data sets (ml-100k, ml-1m, ...), where the machine has one."""
+    named = os.environ.get("TFREC_SHARED_DATA")
+    folder = Path(named) if named else CHECKOUT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no raw data sets at {folder}; TFREC_SHARED_DATA can name their folder")
+    return folder

@@ -1,0 +1,529 @@
+"""The command line: parse, make a Config, run one stage, print where the artifact is.
+
+Everything that costs time is imported inside the verb that needs it: ``tfrec --help`` loads the
+standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import tfrec
+from tfrec.errors import InputError, TfrecError
+
+if TYPE_CHECKING:
+    from tfrec.config import Config
+
+DONE, BUG, BAD_INPUT, ENVIRONMENT, INTERRUPTED, NOBODY_READS = 0, 1, 2, 3, 130, 141
+
+Handler = Callable[[argparse.Namespace], int]
+
+_ENVIRONMENT_ERRNOS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew past the limit set for it",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EIO: "the disk failed",
+    errno.EMFILE: "too many open files",
+    errno.ENOMEM: "not enough memory",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: The arguments after ``tfrec``; those of the process if None.
+
+    Returns:
+      The exit code: 0 done, 1 a bug of ours, 2 bad input or configuration, 3 the environment,
+      130 interrupted, 141 nobody reads our output any more.
+    """
+    try:
+        arguments = parser().parse_args(argv)
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - every ending has a code
+        return _ending(error)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; each verb's namespace carries its ``handler``."""
+    root = _Parser(
+        prog="tfrec",
+        description="From raw interactions and item texts to a recommender that reads with BERT.",
+        epilog=_examples(
+            ("set up, train, evaluate and show recommendations", "tfrec run movielens-100k"),
+            (
+                "the same on your own files",
+                "tfrec run files --set data.interactions=events.csv --set data.items=items.csv",
+            ),
+            (
+                "recommend for known users",
+                "tfrec recommend saved_models/files --users users.csv --k 10 --out recs.csv",
+            ),
+        )
+        + "\nexit codes: 0 done, 1 a bug of ours, 2 bad input or configuration,\n"
+        "  3 the environment (network, disk, a missing extra), 130 interrupted",
+    )
+    root.add_argument("--version", action="version", version=f"tfrec {tfrec.__version__}")
+    verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    _add_stages(verbs)
+    _add_recommend(verbs)
+    _add_data(verbs)
+    _add_looks(verbs)
+    return root
+
+
+class _Parser(argparse.ArgumentParser):
+    """One-line errors, no abbreviations (they break when an option is added)."""
+
+    def __init__(self, **settings: object) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"tfrec: error: {message}; see `{self.prog} --help`\n")
+
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[_Parser]
+
+
+def _examples(*pairs: tuple[str, str]) -> str:
+    lines = [f"  # {why}\n  {command}" for why, command in pairs]
+    return "examples:\n" + "\n".join(lines) + "\n"
+
+
+# --- the stages: run, prepare, adapt, evaluate ---------------------------------------------------
+
+
+def _add_stages(verbs: Verbs) -> None:
+    _add_stage(
+        verbs,
+        "run",
+        _run,
+        "every stage in order: prepare, adapt, evaluate, and three users shown",
+        (
+            ("MovieLens-100K, from nothing to a report", "tfrec run movielens-100k"),
+            (
+                "a configuration of your own, changed for once",
+                "tfrec run my.toml --set adapt.epochs=5 --out runs/short",
+            ),
+            (
+                "your own files",
+                "tfrec run files --set data.interactions=events.csv "
+                "--set data.items=items.csv --out runs/shop",
+            ),
+        ),
+    )
+    _add_stage(
+        verbs,
+        "prepare",
+        _prepare,
+        "read, check, clean and split the data: leaves DIR/prepare",
+        (("a named data set", "tfrec prepare movielens-100k"),),
+    )
+    adapt = _add_stage(
+        verbs,
+        "adapt",
+        _adapt,
+        "train a model on prepared data: leaves DIR/adapt/TASK",
+        (
+            ("the two-tower model", "tfrec adapt movielens-100k --task retrieval"),
+            ("then the ranker", "tfrec adapt movielens-100k --task ranking"),
+        ),
+    )
+    adapt.add_argument(
+        "--task",
+        required=True,
+        choices=("retrieval", "ranking"),
+        help="which model to train; ranking needs the retrieval model in DIR",
+    )
+    _add_stage(
+        verbs,
+        "evaluate",
+        _evaluate,
+        "measure the trained models beside the baselines: leaves DIR/evaluate",
+        (("the report of a finished training", "tfrec evaluate movielens-100k"),),
+    )
+
+
+def _add_stage(
+    verbs: Verbs, name: str, handler: Handler, purpose: str, examples: Sequence[tuple[str, str]]
+) -> _Parser:
+    verb = verbs.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=_examples(*examples) + "\nevery key of --set: docs/configuration.md",
+    )
+    verb.set_defaults(handler=handler)
+    verb.add_argument(
+        "config", metavar="CONFIG", help="a preset, a .toml file, or the word `files`"
+    )
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, e.g. adapt.epochs=5; may be repeated",
+    )
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder, where earlier stages are found too (saved_models/<name>)",
+    )
+    verb.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="a folder that already holds the raw files; same as --set data.data_dir=DIR",
+    )
+    verb.add_argument("--seed", type=int, metavar="N", help="same as --set seed=N")
+    verb.add_argument(
+        "--force", action="store_true", help="make it again even where nothing has changed"
+    )
+    return verb
+
+
+def _config(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    from tfrec.config import Config
+
+    settings = list(arguments.settings)
+    if arguments.data_dir is not None:
+        settings.append(f"data.data_dir={json.dumps(arguments.data_dir)}")
+    if arguments.seed is not None:
+        settings.append(f"seed={arguments.seed}")
+    config = Config.load(arguments.config, settings)
+    return config, arguments.out or Path("saved_models") / config.name
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config, out = _config(arguments)
+    from tfrec import pipeline
+
+    pipeline.run(config, out, force=arguments.force)
+    return _made(out)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    config, out = _config(arguments)
+    from tfrec.stages import prepare
+
+    return _made(prepare.run(config, out, force=arguments.force).path)
+
+
+def _adapt(arguments: argparse.Namespace) -> int:
+    config, out = _config(arguments)
+    from tfrec.stages import adapt
+
+    return _made(adapt.run(config, out, arguments.task, force=arguments.force).path)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config, out = _config(arguments)
+    from tfrec.stages import evaluate
+
+    return _made(evaluate.run(config, out, force=arguments.force).path)
+
+
+def _made(path: Path) -> int:
+    print(path)
+    return DONE
+
+
+# --- recommend -----------------------------------------------------------------------------------
+
+
+def _add_recommend(verbs: Verbs) -> None:
+    purpose = "recommend items with a finished run"
+    verb = verbs.add_parser(
+        "recommend",
+        help=purpose,
+        description="Recommend items with a finished run, for users it knows, for a raw history, "
+        "for a text about somebody, or for several of these together.",
+        epilog=_examples(
+            (
+                "a file of users, one file of recommendations",
+                "tfrec recommend saved_models/movielens-100k --users users.csv --k 10 "
+                "--out recs.csv",
+            ),
+            ("one user, to the screen", "tfrec recommend saved_models/movielens-100k --user 42"),
+            (
+                "somebody who was never seen",
+                'tfrec recommend saved_models/movielens-100k --history "50,181,172" '
+                '--profile "space adventures" --format jsonl',
+            ),
+            (
+                "some items only",
+                "tfrec recommend saved_models/movielens-100k --user 42 --filter genres=Comedy "
+                "--exclude 1,95",
+            ),
+        )
+        + "\nCSV has the columns user_id,item_id,rank,score, best first",
+    )
+    verb.set_defaults(handler=_recommend)
+    verb.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    who = verb.add_argument_group("for whom")
+    who.add_argument("--users", type=Path, metavar="FILE", help="a CSV file with a column user_id")
+    who.add_argument(
+        "--user",
+        dest="user_ids",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="one user id; may be repeated",
+    )
+    who.add_argument(
+        "--history",
+        type=_ids,
+        metavar="IDS",
+        help='item ids, oldest first, "id,id,id"; quote an id that holds a comma: \'"a,b",c\'',
+    )
+    who.add_argument("--profile", metavar="TEXT", help="what the person likes, in words")
+    what = verb.add_argument_group("what")
+    what.add_argument("--k", type=_positive, metavar="N", help="items for each user (10)")
+    what.add_argument(
+        "--exclude", type=_ids, metavar="IDS", action="extend", default=[], help="never these items"
+    )
+    what.add_argument(
+        "--include", type=_ids, metavar="IDS", action="extend", default=[], help="only these items"
+    )
+    what.add_argument(
+        "--filter",
+        dest="filters",
+        type=_filter,
+        metavar="COLUMN=VALUE",
+        action="append",
+        default=[],
+        help="only items with this attribute; repeated: the same column any of the values, "
+        "several columns all of them",
+    )
+    what.add_argument(
+        "--include-seen", action="store_true", help="items of the history may come again"
+    )
+    where = verb.add_argument_group("where to")
+    where.add_argument("--out", type=Path, metavar="FILE", help="a file instead of the screen")
+    where.add_argument(
+        "--format",
+        choices=("csv", "jsonl"),
+        help="csv unless the name of --out ends in .jsonl",
+    )
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    asked = (arguments.users, arguments.user_ids, arguments.history, arguments.profile)
+    if all(part is None or part == [] for part in asked):
+        raise InputError("nobody to recommend for: give --users, --user, --history or --profile")
+    filters: dict[str, list[str]] = {}
+    for column, value in arguments.filters:
+        filters.setdefault(column, []).append(value)
+    from tfrec.stages import recommend
+
+    recommend.run(
+        arguments.folder,
+        users_file=arguments.users,
+        user_ids=arguments.user_ids,
+        history=arguments.history,
+        profile=arguments.profile,
+        exclude=arguments.exclude,
+        include=arguments.include,
+        filters=filters,
+        include_seen=arguments.include_seen,
+        k=arguments.k,
+        out=arguments.out,
+        format=_format(arguments.format, arguments.out),
+    )
+    return DONE if arguments.out is None else _made(arguments.out)
+
+
+def _format(given: str | None, out: Path | None) -> str:
+    return given or ("jsonl" if out is not None and out.suffix == ".jsonl" else "csv")
+
+
+def _ids(text: str) -> list[str]:
+    found = next(csv.reader([text], skipinitialspace=True), [])
+    return [stripped for one in found if (stripped := one.strip())]
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _filter(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals or not column.strip():
+        raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE")
+    return column.strip(), value.strip()
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _add_data(verbs: Verbs) -> None:
+    purpose = "list or fetch the public data sets that have a name here"
+    verb = verbs.add_parser(
+        "data",
+        help=purpose,
+        description="List or fetch the public data sets that have a name here.",
+        epilog=_examples(
+            ("what there is", "tfrec data list"),
+            ("get one into the cache", "tfrec data fetch movielens-100k"),
+        ),
+    )
+    actions = verb.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=_Parser
+    )
+    listing = actions.add_parser(
+        "list",
+        help="names, sizes, where they are from",
+        epilog=_examples(("what there is", "tfrec data list")),
+    )
+    listing.set_defaults(handler=_data_list)
+    fetch = actions.add_parser(
+        "fetch",
+        help="download, check against known digests, cache",
+        epilog=_examples(
+            ("from the publisher", "tfrec data fetch movielens-1m"),
+            ("check a copy you have", "tfrec data fetch movielens-1m --data-dir ~/ml-1m"),
+        ),
+    )
+    fetch.set_defaults(handler=_data_fetch)
+    fetch.add_argument("name", metavar="NAME", help="a name from `tfrec data list`")
+    fetch.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="a folder that already holds the raw files"
+    )
+
+
+def _data_list(arguments: argparse.Namespace) -> int:
+    from tfrec.data import sources
+
+    for line in sources.listing():
+        print(line)
+    return DONE
+
+
+def _data_fetch(arguments: argparse.Namespace) -> int:
+    from tfrec.data import sources
+
+    return _made(sources.fetch(arguments.name, arguments.data_dir))
+
+
+# --- inspect, doctor -----------------------------------------------------------------------------
+
+
+def _add_looks(verbs: Verbs) -> None:
+    inspect = verbs.add_parser(
+        "inspect",
+        help="say what an artifact is and check every byte of it",
+        description="Say what an artifact is (kind, versions, parents, metrics, settings that "
+        "are not the defaults, files) and check every file against its digest. A folder of "
+        "artifacts, such as a whole run, shows each of them.",
+        epilog=_examples(
+            ("a whole run", "tfrec inspect saved_models/movielens-100k"),
+            ("one stage of it", "tfrec inspect saved_models/movielens-100k/prepare"),
+        ),
+    )
+    inspect.set_defaults(handler=_inspect)
+    inspect.add_argument("folder", metavar="ARTIFACT", type=Path, help="the artifact's folder")
+    doctor = verbs.add_parser(
+        "doctor",
+        help="check that this machine and its packages can do the work",
+        description="Check that this machine and its packages can do the work; ends with 3 if "
+        "something is broken.",
+        epilog=_examples(("before asking for help", "tfrec doctor")),
+    )
+    doctor.set_defaults(handler=_doctor)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from tfrec import inspect
+
+    print("\n".join(inspect.describe(arguments.folder)))
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tfrec import doctor
+
+    return _print_findings(doctor.diagnose())
+
+
+def _print_findings(findings: Iterable[tuple[str, str]]) -> int:
+    code = DONE
+    for status, line in findings:
+        print(f"{status:>4}  {line}", flush=True)
+        code = ENVIRONMENT if status == "fail" else code
+    return code
+
+
+# --- endings -------------------------------------------------------------------------------------
+
+
+def _ending(error: BaseException) -> int:
+    """Tells the user in one line how it ended; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # What is still in Python's buffer can never be written: without this, the interpreter
+        # says so on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return NOBODY_READS
+    if os.environ.get("TFREC_DEBUG") == "1":
+        traceback.print_exception(error)
+    line, code = _explained(error)
+    print(f"tfrec: {line}", file=sys.stderr)
+    return code
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command continues where it can", INTERRUPTED
+    if isinstance(error, TfrecError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+        where = f": {error.filename}" if error.filename else ""
+        return f"error: {_ENVIRONMENT_ERRNOS[error.errno]}{where}", ENVIRONMENT
+    if isinstance(error, MemoryError):
+        return "error: not enough memory; smaller batches or fewer events need less", ENVIRONMENT
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "tfrec").startswith("tfrec"):
+        return f"error: {error.name} is not installed; pip install 'tfrec[train]'", ENVIRONMENT
+    kind = type(error).__name__
+    return f"error: this is a bug of tfrec ({kind}: {_first_line(error)}); {_log(error)}", BUG
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+def _log(error: BaseException) -> str:
+    if os.environ.get("TFREC_DEBUG") == "1":
+        return "the traceback is above"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tfrec-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(f"tfrec {tfrec.__version__}, Python {sys.version}\n{sys.argv}\n\n")
+            traceback.print_exception(error, file=log)
+    except OSError:
+        return "set TFREC_DEBUG=1 for the traceback"
+    return f"please report it with {log.name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
