@@ -42,12 +42,26 @@ class DataConfig(Section):
     )
     item_text: list[str] = Field(
         default_factory=list,
-        description="item columns the BERT reads, in order; empty: title, then every text column",
+        description="item columns the BERT reads, in order; empty: title, then every text or "
+        "categorical column",
     )
     item_attributes: list[str] = Field(
-        default_factory=list, description="item columns used as attributes; empty: all others"
+        default_factory=list,
+        description="item columns used as attributes; empty: every categorical or numeric column",
     )
-    separator: str = Field("|", description="splits several values in one categorical cell")
+    categorical: list[str] = Field(
+        default_factory=list,
+        description="columns of items and users that are categories, whatever they look like",
+    )
+    max_values: int = Field(
+        256, ge=1, description="most frequent values of a categorical column that are features"
+    )
+    separator: str = Field(
+        "|", min_length=1, description="splits several values in one categorical cell"
+    )
+    timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
+        "auto", description="unit of numeric timestamps; auto: judged by their median"
+    )
     unknown_items: Literal["keep", "drop", "error"] = Field(
         "keep", description="interactions whose item is not in the items file"
     )
@@ -119,6 +133,7 @@ class RetrievalConfig(TrainingConfig):
         "auto", description="auto: full softmax up to 50,000 items, sampled above"
     )
     temperature: float = Field(1.0, gt=0, description="divides the logits of the softmax")
+    positions: int = Field(16, ge=1, description="sampled loss: places of a row used in a step")
     uniform_negatives: int = Field(1024, ge=0, description="sampled loss: uniform negatives")
     hard_negatives: int = Field(0, ge=0, description="sampled loss: hardest negatives kept; 0: all")
 

@@ -96,7 +96,9 @@ class Table:
         columns = {"titles": self.titles, "texts": self.texts, **self.attributes}
         for name, values in columns.items():
             if len(values) != len(self.ids):
-                raise InputError(f"'{name}' has {len(values)} rows and there are {len(self.ids)} ids")
+                raise InputError(
+                    f"'{name}' has {len(values)} rows and there are {len(self.ids)} ids"
+                )
         if len(set(self.ids)) != len(self.ids):
             raise InputError(f"{self._what} id '{_first_duplicate(self.ids)}' stands there twice")
 

@@ -1,0 +1,73 @@
+"""prepare: raw files in, a checked dataset out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tfrec.artifact import Artifact, current, writing
+from tfrec.config import Config
+from tfrec.data import sources
+from tfrec.data.building import build
+from tfrec.data.cleaning import REASONS
+from tfrec.data.dataset import KIND, Dataset
+
+FOLDER = "prepare"
+
+
+def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
+    """Reads, cleans and splits the data, and leaves it at ``out/prepare``.
+
+    Nothing is done if the same configuration has already prepared the same input files there.
+
+    Args:
+      config: Its ``[data]`` section is read, and the seed if the split is drawn at random.
+      out: The run's folder.
+      force: Prepare anew in any case.
+
+    Returns:
+      An artifact of the kind ``dataset``; its metrics are the summary of what was dropped and why.
+
+    Raises:
+      ConfigError, InputError, SetupError: as :func:`tfrec.data.sources.read`.
+    """
+    folder = Path(out) / FOLDER
+    recipe = _recipe(config)
+    found = None if force else current(folder, kind=KIND, config=recipe)
+    if found is not None:
+        return found
+    built = build(sources.read(config.data), config.data, config.seed)
+    with writing(folder, kind=KIND, config=recipe) as draft:
+        Dataset(built.interactions, built.catalog, built.users).write(draft.path)
+        draft.metrics.update(built.summary)
+    return Artifact.peek(folder, KIND)
+
+
+def summary_lines(artifact: Artifact) -> list[str]:
+    """The artifact's summary as a small table for people."""
+    m = artifact.metrics
+    rows: list[tuple[str, int, str]] = [("interactions read", m["rows"], "")]
+    rows += [("  dropped", count, REASONS[why]) for why, count in m["dropped"].items()]
+    rows.append(("interactions kept", m["interactions"], f"{m['first']} to {m['last']}"))
+    if len(m["events"]) > 1:
+        rows += [(f"  {name}", count, "") for name, count in m["events"].items()]
+    rows += [(f"  {name}", count, "") for name, count in m["split"].items() if count]
+    rows.append(("items", m["items"], f"{m['items_without_events']} without events"))
+    if m["unknown_items"]:
+        rows.append(("  unknown", m["unknown_items"], "not in the items file: no text"))
+    rows.append(("users", m["users"], f"{m['users_without_events']} without events"))
+    lines = [f"{what:<20}{count:>12,}   {note}".rstrip() for what, count, note in rows]
+    for what in ("item", "user"):
+        if described := m[f"{what}_attributes"]:
+            text = "; ".join(f"{name} ({kind})" for name, kind in described.items())
+            lines.append(f"{what} attributes: {text}")
+    return lines
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    drawn = config.data.split in ("item_cold", "user_cold")
+    return {
+        "data": config.data.model_dump(mode="json"),
+        "inputs": sources.input_digests(config.data),
+        "seed": config.seed if drawn else None,
+    }
