@@ -7,7 +7,8 @@ BIN := .venv/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	2>/dev/null && echo $$p && break; done)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+# PYTHONWARNINGS: setuptools warns at length that an editable install is editable.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 
 # A stamp says what .venv holds; `dev` holds all of `train`, so its stamp counts as both.
 PINS := pyproject.toml constraints.txt

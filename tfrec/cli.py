@@ -225,7 +225,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     config, out = _config(arguments)
     from tfrec.stages import prepare
 
-    return _made(prepare.run(config, out, force=arguments.force).path)
+    artifact = prepare.run(config, out, force=arguments.force)
+    print("\n".join(prepare.summary_lines(artifact)))
+    return _made(artifact.path)
 
 
 def _adapt(arguments: argparse.Namespace) -> int:
@@ -408,22 +410,22 @@ def _add_data(verbs: Verbs) -> None:
     fetch.set_defaults(handler=_data_fetch)
     fetch.add_argument("name", metavar="NAME", help="a name from `tfrec data list`")
     fetch.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="a folder that already holds the raw files"
+        "--data-dir", metavar="DIR", default="", help="check the raw files of this folder instead"
     )
 
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from tfrec.data import sources
 
-    for line in sources.listing():
-        print(line)
+    for name in sources.names():
+        print(f"{name:<24}{sources.about(name)}")
     return DONE
 
 
 def _data_fetch(arguments: argparse.Namespace) -> int:
     from tfrec.data import sources
 
-    return _made(sources.fetch(arguments.name, arguments.data_dir))
+    return _made(sources.fetch(arguments.name, data_dir=arguments.data_dir))
 
 
 # --- inspect, doctor -----------------------------------------------------------------------------
@@ -456,7 +458,8 @@ def _add_looks(verbs: Verbs) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from tfrec import inspect
 
-    print("\n".join(inspect.describe(arguments.folder)))
+    for line in inspect.describe(arguments.folder):
+        print(line)
     return DONE
 
 
