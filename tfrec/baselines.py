@@ -232,7 +232,7 @@ _CLASSES: dict[str, Callable[..., Baseline]] = {
 
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "popular": [{}],
-    "item_knn": [{"neighbours": n} for n in (100, 20, 50, 200)],
+    "item_knn": [{"neighbours": n} for n in (100, 20, 50, 200, 500)],
     "ease": [{"regularization": r} for r in (200.0, 20.0, 50.0, 100.0, 500.0, 1000.0)],
     "als": [
         {"alpha": 1.0, "regularization": 5.0, "bm25": False},
