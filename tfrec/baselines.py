@@ -80,11 +80,15 @@ class Popular:
 
 @dataclass
 class ItemKnn:
-    """Cosine between items' users, the nearest ``neighbours`` of each item (Sarwar et al. 2001).
+    """Cosine between items' users (Sarwar et al. 2001, Deshpande and Karypis 2004).
+
+    An item's score is the sum over its nearest neighbours in the history. Where `implicit` keeps
+    the neighbours of each item *met*, this keeps those of each item *scored*, as most evaluation
+    suites do: measured better on MovieLens-100K and 1M.
 
     Attributes:
-      neighbours: Neighbours kept of each item.
-      weights: float32 (n + 1, n + 1), row i holds the neighbours of item i, not itself.
+      neighbours: Neighbours kept of each item scored.
+      weights: float32 (n + 1, n + 1); column j holds the neighbours of item j, not itself.
     """
 
     neighbours: int = 100
@@ -101,7 +105,7 @@ class ItemKnn:
             block = (transposed[start : start + rows] @ unit).toarray()
             block[np.arange(len(block)), start + np.arange(len(block))] = 0
             parts.append(_largest_of_rows(block, self.neighbours))
-        self.weights = sp.vstack(parts, format="csr")
+        self.weights = sp.vstack(parts).T.tocsr()
         return self
 
     def scores(self, histories: sp.csr_array) -> Floats:
@@ -113,8 +117,8 @@ class ItemKnn:
 class Ease:
     """The linear item-item model in closed form (EASE: Steck 2019, arXiv:1905.03375).
 
-    Needs 12 bytes x items^2 of memory and about items^3 multiplications: 0.2 GB for 3,700 items,
-    4.8 GB for 20,000.
+    Needs 16 bytes x items^2 of memory and about items^3 multiplications: 0.2 GB for 3,700 items,
+    6.4 GB for 20,000.
 
     Attributes:
       regularization: Added to the diagonal of the co-occurrence matrix, in events.
@@ -127,9 +131,13 @@ class Ease:
 
     def fit(self, matrix: sp.csr_array) -> Self:
         """See :class:`Baseline`."""
-        products = gram(matrix)
-        products[np.diag_indices_from(products)] += self.regularization
-        inverse = _inverse(products)
+        return self.fit_gram(gram(matrix))
+
+    def fit_gram(self, products: Floats) -> Self:
+        """Fits from :func:`gram`, which several regularizations may share."""
+        regular = products.astype(np.float64)
+        regular[np.diag_indices_from(regular)] += self.regularization
+        inverse = _inverse(regular)
         self.weights = np.empty(products.shape, np.float32)
         np.divide(inverse, -np.diag(inverse), out=self.weights, casting="same_kind")
         np.fill_diagonal(self.weights, 0)
@@ -223,16 +231,9 @@ class Choice:
     tried: list[dict[str, Any]]
 
 
-_CLASSES: dict[str, Callable[..., Baseline]] = {
-    "popular": Popular,
-    "item_knn": ItemKnn,
-    "ease": Ease,
-    "als": Als,
-}
-
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "popular": [{}],
-    "item_knn": [{"neighbours": n} for n in (100, 20, 50, 200, 500)],
+    "item_knn": [{"neighbours": n} for n in (50, 20, 100, 200)],
     "ease": [{"regularization": r} for r in (200.0, 20.0, 50.0, 100.0, 500.0, 1000.0)],
     "als": [
         {"alpha": 1.0, "regularization": 5.0, "bm25": False},
@@ -275,13 +276,13 @@ def choose(
     grid, tried = GRIDS[name], []
     users = np.flatnonzero(targets.lengths)
     if len(grid) > 1 and len(users):
-        wanted = targets.take(users)
+        wanted, fit = targets.take(users), _fitter(name, select, seed)
         for settings in tqdm(grid, desc=f"{name}: choosing", unit="fit", leave=False):
-            found = recommend(_make(name, settings, seed).fit(select), select, users, 10)
+            found = recommend(fit(settings), select, users, 10)
             ndcg = metrics.ranking(found.ids, wanted.ids, wanted.offsets, [10])["ndcg@10"]
             tried.append({**settings, "ndcg@10": float(ndcg.mean())})
     best = int(np.argmax([point["ndcg@10"] for point in tried])) if tried else 0
-    return Choice(name, _make(name, grid[best], seed).fit(refit), grid[best], tried)
+    return Choice(name, _fitter(name, refit, seed)(grid[best]), grid[best], tried)
 
 
 def recommend(
@@ -316,8 +317,16 @@ def recommend(
     return TopK(scores, found)
 
 
-def _make(name: str, settings: Mapping[str, Any], seed: int) -> Baseline:
-    return _CLASSES[name](**settings, **({"seed": seed} if name == "als" else {}))
+def _fitter(name: str, matrix: sp.csr_array, seed: int) -> Callable[[Mapping[str, Any]], Baseline]:
+    """What makes a fitted baseline out of settings, sharing what does not depend on them."""
+    if name == "ease":
+        products = gram(matrix)
+        return lambda settings: Ease(**settings).fit_gram(products)
+    if name == "popular":
+        return lambda _: Popular().fit(matrix)
+    if name == "als":
+        return lambda settings: Als(**settings, seed=seed).fit(matrix)
+    return lambda settings: ItemKnn(**settings).fit(matrix)
 
 
 def _one_blas_thread() -> threadpool_limits:
@@ -325,13 +334,14 @@ def _one_blas_thread() -> threadpool_limits:
     return threadpool_limits(1, user_api="blas")
 
 
-def gram(matrix: sp.csr_array) -> NDArray[np.float64]:
-    """Co-occurrence counts of items, ``matrix.T @ matrix``: float64 (n + 1, n + 1).
+def gram(matrix: sp.csr_array) -> Floats:
+    """Co-occurrence counts of items, ``matrix.T @ matrix``: float32 (n + 1, n + 1).
 
-    Users are taken in dense blocks: BLAS beats a sparse product, whose result is dense anyway.
+    Users are taken in dense blocks: the result is dense anyway, and counts are exact in float32
+    to 16 million.
     """
     columns = matrix.shape[1]
-    products = np.zeros((columns, columns))
+    products = np.zeros((columns, columns), np.float32)
     rows = max(256, _CELLS // columns)
     for start in range(0, matrix.shape[0], rows):
         block = matrix[start : start + rows].toarray()
