@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tfrec.errors import ConfigError
 
@@ -87,6 +87,23 @@ class DataConfig(Section):
     test_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="test part of the time and cold-start splits"
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_ours(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = ("user_id", "item_id", "timestamp", "event", "rating", "weight", "title")
+        for name in columns:
+            if name not in known:
+                raise ValueError(f"'{name}' is none of our columns: {', '.join(known)}")
+        return columns
+
+    @field_validator("event_weights")
+    @classmethod
+    def _weights_are_not_negative(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"the weight of '{name}' is {weight}, and must not be negative")
+        return weights
 
 
 class TrainingConfig(Section):

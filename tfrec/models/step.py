@@ -1,0 +1,76 @@
+"""TaskModel: the training step that every tfrs.Model of ours shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tfrec.models.keras_bridge import tf, tf_keras, tfrs
+
+
+class TaskModel(tfrs.Model):
+    """A tfrs.Model whose loss is a replica's share of the global batch's mean.
+
+    The optimizer sums gradients over replicas, so the update is the same however many there are.
+
+    Args:
+      accumulate: Pieces a batch is cut into along its rows; their gradients make one update, with
+        the memory of one piece. Only for losses that are sums over rows.
+    """
+
+    def __init__(self, accumulate: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.accumulate = accumulate
+        self.loss_mean = tf_keras.metrics.Mean(name="loss")
+
+    @property
+    def metrics(self) -> list[Any]:
+        """The mean loss of the epoch."""
+        return [self.loss_mean]
+
+    def train_step(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """One update of the weights."""
+        loss, gradients = self._gradients(inputs)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self.loss_mean.update_state(loss * replicas)
+        return {"loss": self.loss_mean.result()}
+
+    def test_step(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss without an update."""
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self.loss_mean.update_state(self.compute_loss(inputs, training=False) * replicas)
+        return {"loss": self.loss_mean.result()}
+
+    def _gradients(self, inputs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+        if self.accumulate == 1:
+            return self._piece_gradients(inputs)
+        total, sums = tf.constant(0.0), [tf.zeros_like(v) for v in self.trainable_variables]
+        for piece in range(self.accumulate):
+            loss, gradients = self._piece_gradients(_piece(inputs, piece, self.accumulate))
+            total += loss
+            sums = [a + b for a, b in zip(sums, gradients, strict=True)]
+        return total, sums
+
+    def _piece_gradients(self, inputs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+        variables = self.trainable_variables
+        scaling = hasattr(self.optimizer, "get_scaled_loss")
+        with tf.GradientTape() as tape:
+            loss = tf.cast(self.compute_loss(inputs, training=True), tf.float32)
+            goal = self.optimizer.get_scaled_loss(loss) if scaling else loss
+        gradients = tape.gradient(goal, variables, unconnected_gradients="zero")
+        if scaling:
+            gradients = self.optimizer.get_unscaled_gradients(gradients)
+        # Sparse gradients are made dense: merging their rows has no static shape for XLA.
+        return loss, [tf.convert_to_tensor(g) for g in gradients]
+
+
+def _piece(inputs: Mapping[str, Any], piece: int, pieces: int) -> dict[str, Any]:
+    rows = inputs["segment"].shape[0] if "segment" in inputs else inputs["label"].shape[0]
+    if rows % pieces:
+        raise ValueError(f"accumulate = {pieces} does not divide a batch of {rows} rows")
+    size = rows // pieces
+    return {
+        name: value[piece * size : (piece + 1) * size] if value.shape[0] == rows else value
+        for name, value in inputs.items()
+    }
