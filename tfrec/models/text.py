@@ -1,0 +1,302 @@
+"""TextEncoder: strings -> vectors, by a pretrained BERT that can be trained further.
+
+The vectors equal those of sentence-transformers on the same folder (docs/text.md has the traps
+that this takes). Tokenising happens on the host, in :mod:`tfrec.data.tokens`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tfrec.data.tokens import TextTokenizer, padded
+from tfrec.errors import ConfigError, InputError
+from tfrec.models import weights
+from tfrec.models.keras_bridge import Hosted, keras3, keras_hub, tf
+
+Role = Literal["", "query", "passage"]
+
+_WINDOW = 65_536  # texts that are sorted by length together: a bound on memory
+_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+}
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a folder's model is used.
+
+    Attributes:
+      pooling: ``mean``, ``cls`` or ``max`` over the tokens.
+      normalize: Whether vectors have length 1.
+      lowercase: Whether texts are lowercased before the tokenizer sees them.
+      prompts: Role -> what is put before a text in that role.
+      activation: Activation of the feed-forward layers, in Hugging Face's words; empty: as loaded.
+    """
+
+    pooling: str = "mean"
+    normalize: bool = True
+    lowercase: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "gelu"
+
+    @classmethod
+    def read(cls, folder: Path) -> TextSettings:
+        """Reads the files of sentence-transformers; without them: mean pooling, length 1.
+
+        Raises:
+          InputError: the folder wants something that is not built here.
+        """
+        modules = weights.read_json(folder / "modules.json").get("items", [])
+        kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+        if unknown:
+            raise InputError(
+                f"{folder} has a module {', '.join(sorted(unknown))} after the BERT; "
+                "only Pooling and Normalize are supported"
+            )
+        said = weights.read_json(folder / "config_sentence_transformers.json")
+        return cls(
+            pooling=_pooling(folder),
+            normalize="Normalize" in kinds or not kinds,
+            lowercase=bool(
+                weights.read_json(folder / "sentence_bert_config.json").get("do_lower_case")
+            ),
+            prompts={role: text for role, text in (said.get("prompts") or {}).items() if text},
+            activation=str(weights.read_json(folder / "config.json").get("hidden_act", "")),
+        )
+
+    def prompt(self, role: Role) -> str:
+        """What is put before a text in this role."""
+        other = self.prompts.get("document", "") if role == "passage" else ""
+        return self.prompts.get(role, other)
+
+
+class TextEncoder(Hosted):
+    """Strings -> float32 vectors, and a tf_keras layer over their tokens.
+
+    Made by :meth:`load`. ``encoder.trainable = False`` freezes it; a frozen encoder never drops
+    anything out. As a layer it maps ``(token_ids, padding_mask)``, each int32 (batch, tokens), to
+    float32 (batch, width).
+
+    Args:
+      backbone: A keras-nlp ``BertBackbone``.
+      tokenizer: Its tokenizer.
+      settings: How tokens become one vector.
+
+    Attributes:
+      tokenizer: As given; ``tokenizer.length`` tokens of a text are read.
+      settings: As given.
+      width: Length of a vector.
+
+    Raises:
+      ConfigError: more tokens are to be read than the BERT has positions.
+      InputError: tokenizer and BERT do not belong together.
+    """
+
+    def __init__(
+        self, backbone: Any, tokenizer: TextTokenizer, settings: TextSettings, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("name", "text_encoder")
+        super().__init__(backbone, dtype="float32", **kwargs)
+        if tokenizer.length > backbone.max_sequence_length:
+            raise ConfigError(
+                f"a text length of {tokenizer.length} tokens is more than the "
+                f"{backbone.max_sequence_length} positions of this BERT"
+            )
+        if tokenizer.vocabulary_size > backbone.vocabulary_size:
+            raise InputError(
+                f"the tokenizer knows {tokenizer.vocabulary_size} tokens and the BERT only "
+                f"{backbone.vocabulary_size}: they do not belong together"
+            )
+        # Nothing here reads the pooler, so it has no gradient.
+        backbone.pooled_dense.trainable = False
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.width = int(backbone.hidden_dim)
+        signature = [tf.TensorSpec([None, None], tf.int32)] * 2
+        compiled = tf.function(self._vectors, input_signature=signature)
+        # Wrapped, so that it does not become part of checkpoints and saved models.
+        self._compiled = functools.partial(compiled)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str] = "all-MiniLM-L6-v2",
+        *,
+        length: int = 256,
+        folder: str | os.PathLike[str] = "",
+        trainable: bool = True,
+        dtype: str | None = "float32",
+    ) -> TextEncoder:
+        """Loads pretrained weights.
+
+        Args:
+          name: A name that :func:`tfrec.models.weights.find` knows, or a folder.
+          length: Tokens of a text that are read, special ones included.
+          folder: A folder that already holds the weights called ``name``.
+          trainable: Whether training changes the BERT.
+          dtype: What the BERT computes in; None: the global policy.
+
+        Raises:
+          ConfigError: ``length`` does not fit the BERT.
+          InputError: there is no such BERT, or it is not usable.
+          SetupError: the weights cannot be obtained.
+        """
+        found = weights.find(name, folder)
+        settings = TextSettings.read(found)
+        backbone = _backbone(found, dtype)
+        _set_activation(backbone, settings.activation, found)
+        return cls(backbone, TextTokenizer.load(found, length), settings, trainable=trainable)
+
+    def call(self, token_ids: Any, padding_mask: Any, training: bool | None = None) -> Any:
+        """Vectors of tokenised texts.
+
+        Args:
+          token_ids: int32 (batch, tokens).
+          padding_mask: int32 (batch, tokens), 1 where there is a token.
+          training: Whether dropout is active.
+
+        Returns:
+          float32 (batch, width).
+        """
+        return self._vectors(token_ids, padding_mask, training if self.trainable else False)
+
+    def tokenize(
+        self, texts: Sequence[str], role: Role = ""
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Tokenises a whole catalog, for :meth:`call`.
+
+        Args:
+          texts: n texts.
+          role: See :meth:`encode`.
+
+        Returns:
+          Token ids and padding mask, int32 (n, L), padded to the bucket of the longest text.
+        """
+        return self.tokenizer.tokenize(self._prepared(texts, role))
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role = "",
+        tokens_per_batch: int = 2048,
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Vectors of any number of texts; equal texts are encoded once.
+
+        Args:
+          texts: n texts.
+          role: ``passage`` for what is looked for and ``query`` for what looks, which matters to
+            models with prompts, such as multilingual-e5-small; empty: no prompt.
+          tokens_per_batch: Tokens, padding included, in a batch: a bound on memory.
+          progress: Whether to show a progress bar.
+
+        Returns:
+          float32 (n, width), in the order of ``texts``.
+        """
+        place: dict[str, int] = {}
+        index = np.fromiter((place.setdefault(t, len(place)) for t in texts), np.int64, len(texts))
+        distinct = self._prepared(place, role)
+        out = np.empty((len(distinct), self.width), np.float32)
+        with tqdm(total=len(distinct), desc="encoding texts", disable=not progress) as bar:
+            for start in range(0, len(distinct), _WINDOW):
+                rows = list(self.tokenizer.ids(distinct[start : start + _WINDOW]))
+                for batch in _batches(rows, tokens_per_batch):
+                    ids, mask = padded([rows[row] for row in batch])
+                    out[start + batch] = self._compiled(ids, mask).numpy()
+                    bar.update(len(batch))
+        return out[index]
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides about the vectors: weights, tokenizer, settings; as hex."""
+        hashed = hashlib.sha256(f"{self.tokenizer.digest}{self.settings}".encode())
+        for variable in self.model.trainable_variables:
+            hashed.update(np.ascontiguousarray(variable.value.numpy()).data)
+        return hashed.hexdigest()
+
+    def _prepared(self, texts: Iterable[str], role: Role) -> list[str]:
+        prompt = self.settings.prompt(role)
+        texts = [prompt + text for text in texts] if prompt else list(texts)
+        return [text.lower() for text in texts] if self.settings.lowercase else texts
+
+    def _vectors(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
+        token_ids, padding_mask = (
+            tf.convert_to_tensor(token_ids),
+            tf.convert_to_tensor(padding_mask),
+        )
+        segments = tf.zeros_like(token_ids)
+        features = {"token_ids": token_ids, "segment_ids": segments, "padding_mask": padding_mask}
+        hidden = tf.cast(self.model(features, training=training)["sequence_output"], tf.float32)
+        vectors = _pool(hidden, padding_mask, self.settings.pooling)
+        return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
+
+
+def _pooling(folder: Path) -> str:
+    said = weights.read_json(folder / "1_Pooling" / "config.json")
+    modes = said.get("pooling_mode") or [
+        name for name, on in said.items() if name.startswith("pooling_mode_") and on
+    ]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    found = [_MODES.get(mode, mode) for mode in modes] or ["mean"]
+    if len(found) > 1 or found[0] not in _MODES.values():
+        raise InputError(
+            f"{folder} pools by {' and '.join(found)}; only one of mean, cls and max is supported"
+        )
+    return str(found[0])
+
+
+def _pool(hidden: Any, padding_mask: Any, mode: str) -> Any:
+    mask = tf.cast(padding_mask, hidden.dtype)[:, :, None]
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return tf.reduce_max(tf.where(mask > 0, hidden, hidden.dtype.min), 1)
+    return tf.reduce_sum(hidden * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1e-9)
+
+
+def _backbone(folder: Path, dtype: str | None) -> Any:
+    settings = {} if dtype is None else {"dtype": dtype}
+    try:
+        return keras_hub.models.BertBackbone.from_preset(str(folder), **settings)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign file makes keras-hub raise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"the BERT in {folder} cannot be loaded: {reason}") from None
+
+
+def _set_activation(backbone: Any, name: str, folder: Path) -> None:
+    """keras-hub computes GELU by its tanh approximation; most checkpoints mean the exact one."""
+    known = {
+        "": None,
+        "gelu": keras3.activations.gelu,
+        "gelu_new": None,
+        "gelu_pytorch_tanh": None,
+        "relu": keras3.activations.relu,
+    }
+    if name not in known:
+        raise InputError(f"{folder} has the activation '{name}'; known are {', '.join(known)}")
+    for layer in backbone.transformer_layers if known[name] else ():
+        layer._feedforward_intermediate_dense.activation = known[name]
+
+
+def _batches(rows: Sequence[Sequence[int]], tokens_per_batch: int) -> Iterator[NDArray[np.int64]]:
+    """Places of the rows by length, so that next to nothing of a batch is padding."""
+    lengths = np.array([len(row) for row in rows])
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(tokens_per_batch // int(lengths[order[start]]), 1)
+        yield order[start : start + size]
+        start += size
