@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from tfrec.config import DataConfig
 from tfrec.data.catalog import FeatureSchema
-from tfrec.data.columns import BadCell, numbers
+from tfrec.data.columns import BadCell, numbers, to_number
 from tfrec.errors import InputError
 
 Kind = Literal["numeric", "categorical", "text", "empty"]
@@ -114,10 +114,10 @@ def _readable(cell: str, separator: str) -> str:
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        to_number(cell)
     except ValueError:
         return False
-    return "_" not in cell
+    return True
 
 
 def _vocabulary(cells: Sequence[str], separator: str, size: int) -> tuple[str, ...]:

@@ -58,7 +58,9 @@ def build(raw: RawData, settings: DataConfig, seed: int = 1) -> Built:
     catalog = _catalog(raw.items, [item_ids[i] for i in items_kept], items_kept, settings)
     users = _users(raw.users, [user_ids[i] for i in users_kept], users_kept, settings)
     summary = _summary(raw, interactions, catalog, users, dropped)
+    unknown = item_row[events.item] >= listed_items
     summary["unknown_items"] = int(np.count_nonzero(items_kept >= listed_items))
+    summary["unknown_item_interactions"] = int(np.count_nonzero(unknown))
     return Built(interactions, catalog, users, summary)
 
 

@@ -51,10 +51,7 @@ class FeatureSchema:
         out = np.zeros((rows, self.width), np.float32)
         start = 0
         for name, vocabulary in self.vocabularies.items():
-            place = {word: start + i for i, word in enumerate(vocabulary)}
-            for row, cell in enumerate(attributes.get(name, ())):
-                hits = [place[w] for w in set(cell.split(self.separator)) if w in place]
-                out[row, hits] = 1.0 / np.sqrt(max(len(hits), 1))
+            _mark(out, start, vocabulary, attributes.get(name, ()), self.separator)
             start += len(vocabulary)
         for name, (mean, deviation) in self.numeric.items():
             for row, cell in enumerate(attributes.get(name, ())):
@@ -62,6 +59,29 @@ class FeatureSchema:
                     out[row, start] = (_number(name, cell) - mean) / deviation
             start += 1
         return out
+
+
+def _mark(
+    out: NDArray[np.float32],
+    start: int,
+    vocabulary: Sequence[str],
+    cells: Sequence[str],
+    separator: str,
+) -> None:
+    place = {word: start + i for i, word in enumerate(vocabulary)}
+    places_of: dict[str, list[int]] = {"": []}  # cells repeat, so each is split once
+    at_row: list[int] = []
+    at_place: list[int] = []
+    values: list[float] = []
+    for row, cell in enumerate(cells):
+        hits = places_of.get(cell)
+        if hits is None:
+            hits = sorted({place[w] for w in cell.split(separator) if w in place})
+            places_of[cell] = hits
+        at_row += [row] * len(hits)
+        at_place += hits
+        values += [max(len(hits), 1) ** -0.5] * len(hits)
+    out[at_row, at_place] = values
 
 
 def _number(column: str, cell: str) -> float:

@@ -121,9 +121,20 @@ def _number(row: int, cell: str | None) -> float | None:
     if cell is None or not cell.strip():
         return None
     try:
-        return float(cell)
+        return to_number(cell)
     except ValueError:
         raise BadCell(row, f"is {cell!r}, and a finite number was expected") from None
+
+
+def to_number(cell: str) -> float:
+    """Reads a number as people write it: what ``float`` reads, but not Python's 1_000.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
 
 
 class Times:
@@ -184,6 +195,7 @@ class Times:
             return values.astype(np.int64)
         unit = self._unit
         if unit == "auto":
+            _refuse_calendar_numbers(values)
             middle = float(np.median(np.abs(values)))
             unit = next(name for limit, name in _AUTO_UNITS if middle >= limit)
         per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
@@ -196,6 +208,18 @@ class Times:
         if values.dtype.kind == "f":
             return np.round(values * _UNITS[unit]).astype(np.int64)
         return np.asarray(values * _UNITS[unit], np.int64)
+
+
+def _refuse_calendar_numbers(values: NDArray[Any]) -> None:
+    """20240517 is no number of seconds: read as one, every event would be in August 1970."""
+    month, day = values // 100 % 100, values % 100
+    dated = (values >= 19_000_101) & (values <= 21_001_231) & (month >= 1) & (month <= 12)
+    if (dated & (day >= 1) & (day <= 31)).all():
+        raise BadCell(
+            0,
+            f"is {values[0]}, which looks like a date without hyphens; write it as 2024-05-17, or "
+            "set data.timestamp_unit if it does count from 1970",
+        )
 
 
 def _moments(array: pa.Array) -> NDArray[np.int64]:
@@ -219,7 +243,7 @@ def _counted(text: pa.Array) -> NDArray[Any]:
 
 def _count(row: int, cell: str) -> float:
     try:
-        value = float(cell)
+        value = to_number(cell)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):

@@ -192,8 +192,8 @@ def read_table(
         has no row.
     """
     theirs = {_column(reader, key, names, needed=True): key}
-    if names.get("title") in reader.columns:
-        theirs[names["title"]] = "title"
+    if key == "item_id" and "title" in names:
+        theirs[_column(reader, "title", names, needed=True)] = "title"
     cells: dict[str, list[str]] = {name: [] for name in reader.columns}
     rows = 0
     for batch in reader.batches(reader.columns):

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -65,7 +66,7 @@ _SOURCES = {
             "u.user": "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c",
         },
         movielens.read_100k,
-        "100,000 ratings of 1,682 films by 943 users, 1997-1998; fits a laptop's coffee break",
+        "100,000 ratings of 1,682 films by 943 users, 1997-1998",
     ),
     "movielens-1m": Source(
         "ml-1m",
@@ -94,9 +95,10 @@ def names() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def about(name: str) -> str:
-    """One line about a public data set."""
-    return _source(name).about
+def listing() -> list[str]:
+    """One line for each public data set, and for what else a source can be."""
+    lines = [f"{name:<24}{source.about}" for name, source in _SOURCES.items()]
+    return [*lines, f"{'files':<24}your own: --set data.interactions=FILE, data.items, data.users"]
 
 
 def cache_folder() -> Path:
@@ -106,13 +108,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfrec"
 
 
-def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None, data_dir: str = "") -> Path:
+def fetch(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """Makes sure that a public data set is on this machine, and returns its folder.
 
     Args:
       name: One of :func:`names`.
-      cache_dir: Where downloads are kept; by default :func:`cache_folder`.
       data_dir: A folder that already has the raw files, plain or with .gz; nothing is downloaded.
+      cache_dir: Where downloads are kept; by default :func:`cache_folder`.
 
     Raises:
       ConfigError: the name is not known.
@@ -132,7 +139,8 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None, data_dir: 
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(found, folder)
     except OSError as error:
-        raise SetupError(f"cannot keep {name} in {folder}: {error.strerror}") from None
+        if _problem(source, folder) is not None:  # else another process was faster
+            raise SetupError(f"cannot keep {name} in {folder}: {error.strerror}") from None
     return folder
 
 
@@ -233,7 +241,10 @@ def _problem(source: Source, folder: Path) -> str | None:
 
 def _given(name: str, source: Source, folder: Path) -> Path:
     if not folder.is_dir():
-        raise InputError(f"data.data_dir = {folder} is no folder")
+        raise InputError(
+            f"data.data_dir = {folder} is no folder; give one that holds the files of "
+            f"{source.archive}.zip ({', '.join(source.digests)})"
+        )
     problem = _problem(source, folder)
     if problem is not None:
         raise InputError(
@@ -254,7 +265,7 @@ def _download(name: str, source: Source, scratch: Path) -> Path:
         folder.mkdir()
         try:
             way(source, folder)
-        except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
+        except _FAILURES as error:
             failures.append(f"{_WAYS[way.__name__]}: {_reason(error)}")
             continue
         problem = _problem(source, folder)
@@ -268,6 +279,14 @@ def _download(name: str, source: Source, scratch: Path) -> Path:
     )
 
 
+_FAILURES = (
+    OSError,
+    HTTPException,
+    subprocess.SubprocessError,
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+)
 _WAYS = {"_from_publisher": ARCHIVES, "_from_recbole": f"the package {RECBOLE}"}
 
 

@@ -76,8 +76,9 @@ def _by_time(timestamp: NDArray[np.int64], settings: DataConfig) -> NDArray[np.i
     n = len(timestamp)
     ordered = np.sort(timestamp)
     test_from = ordered[min(n - 1, round(n * (1 - settings.test_fraction)))]
-    valid_place = round(n * (1 - settings.test_fraction - settings.valid_fraction))
-    valid_from = ordered[min(n - 1, valid_place)]
+    # Counted back from there, since equal times may have made the test part larger than asked.
+    test_place = int(np.searchsorted(ordered, test_from))
+    valid_from = ordered[max(0, test_place - max(1, round(n * settings.valid_fraction)))]
     if not ordered[0] < valid_from < test_from:
         raise InputError(
             f"the time split needs three spans of time, and {n} events at "

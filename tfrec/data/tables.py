@@ -232,8 +232,8 @@ class _JsonFile(Reader):
                     continue
                 try:
                     entry = json.loads(text)
-                except ValueError as error:
-                    raise InputError(f"{self.name}, line {line}: no JSON: {error}") from None
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{self.name}, line {line}: no JSON: {error.msg}") from None
                 if not isinstance(entry, dict):
                     raise InputError(
                         f"{self.name}, line {line}: holds {text.strip()[:40]!r}, and a JSON "

@@ -54,7 +54,13 @@ def summary_lines(artifact: Artifact) -> list[str]:
     rows += [(f"  {name}", count, "") for name, count in m["split"].items() if count]
     rows.append(("items", m["items"], f"{m['items_without_events']} without events"))
     if m["unknown_items"]:
-        rows.append(("  unknown", m["unknown_items"], "not in the items file: no text"))
+        rows.append(
+            (
+                "  unknown",
+                m["unknown_items"],
+                f"not in the items file; {m['unknown_item_interactions']:,} interactions",
+            )
+        )
     rows.append(("users", m["users"], f"{m['users_without_events']} without events"))
     lines = [f"{what:<20}{count:>12,}   {note}".rstrip() for what, count, note in rows]
     for what in ("item", "user"):
