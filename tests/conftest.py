@@ -2,6 +2,7 @@
 
 import os
 import random
+import stat
 from pathlib import Path
 
 os.environ.update(
@@ -36,3 +37,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no raw data sets at {folder}; TFREC_SHARED_DATA can name their folder")
     return folder
+
+
+@pytest.fixture
+def full_device(tmp_path: Path) -> Path:
+    """A file on which every write fails as on a full disk."""
+    device = Path("/dev/full")
+    if not device.exists():
+        device = tmp_path / "full"
+        try:
+            os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+        except OSError:
+            pytest.skip("the system has no /dev/full, and only root can make one")
+    return device

@@ -410,22 +410,21 @@ def _add_data(verbs: Verbs) -> None:
     fetch.set_defaults(handler=_data_fetch)
     fetch.add_argument("name", metavar="NAME", help="a name from `tfrec data list`")
     fetch.add_argument(
-        "--data-dir", metavar="DIR", default="", help="check the raw files of this folder instead"
+        "--data-dir", metavar="DIR", help="check the raw files of this folder instead"
     )
 
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from tfrec.data import sources
 
-    for name in sources.names():
-        print(f"{name:<24}{sources.about(name)}")
+    print("\n".join(sources.listing()))
     return DONE
 
 
 def _data_fetch(arguments: argparse.Namespace) -> int:
     from tfrec.data import sources
 
-    return _made(sources.fetch(arguments.name, data_dir=arguments.data_dir))
+    return _made(sources.fetch(arguments.name, arguments.data_dir))
 
 
 # --- inspect, doctor -----------------------------------------------------------------------------
@@ -482,16 +481,22 @@ def _print_findings(findings: Iterable[tuple[str, str]]) -> int:
 
 def _ending(error: BaseException) -> int:
     """Tells the user in one line how it ended; returns the exit code."""
+    _empty_stdout()
     if isinstance(error, BrokenPipeError):
-        # What is still in Python's buffer can never be written: without this, the interpreter
-        # says so on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return NOBODY_READS
     if os.environ.get("TFREC_DEBUG") == "1":
         traceback.print_exception(error)
     line, code = _explained(error)
     print(f"tfrec: {line}", file=sys.stderr)
     return code
+
+
+def _empty_stdout() -> None:
+    """Writes what is buffered, or gives it up: else the interpreter complains on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
