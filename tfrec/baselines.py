@@ -184,7 +184,7 @@ class Als:
         known = np.asarray(matrix.sum(axis=0), np.float32).ravel()
         self._rarity = np.log(np.float32(matrix.shape[0])) - np.log1p(known)
         self._mean_length = float(matrix.sum() / matrix.shape[0])
-        with _one_blas_thread():
+        with threadpool_limits(1, user_api="blas"):
             from implicit.cpu.als import AlternatingLeastSquares
 
             self._model = AlternatingLeastSquares(
@@ -200,7 +200,7 @@ class Als:
 
     def scores(self, histories: sp.csr_array) -> Floats:
         """See :class:`Baseline`. Users are solved for anew, so they need not be known."""
-        with _one_blas_thread():
+        with threadpool_limits(1, user_api="blas"):
             rows = np.arange(histories.shape[0])
             users = self._model.recalculate_user(rows, self._confidence(histories))
         return np.asarray(users @ self._model.item_factors.T, np.float32)
@@ -273,16 +273,8 @@ def choose(
     Returns:
       The model fitted on ``refit``, with what was tried.
     """
-    grid, tried = GRIDS[name], []
-    users = np.flatnonzero(targets.lengths)
-    if len(grid) > 1 and len(users):
-        wanted, fit = targets.take(users), _fitter(name, select, seed)
-        for settings in tqdm(grid, desc=f"{name}: choosing", unit="fit", leave=False):
-            found = recommend(fit(settings), select, users, 10)
-            ndcg = metrics.ranking(found.ids, wanted.ids, wanted.offsets, [10])["ndcg@10"]
-            tried.append({**settings, "ndcg@10": float(ndcg.mean())})
-    best = int(np.argmax([point["ndcg@10"] for point in tried])) if tried else 0
-    return Choice(name, _fitter(name, refit, seed)(grid[best]), grid[best], tried)
+    with _blas_threads(refit.shape[1]):
+        return _choose(name, select, targets, refit, seed)
 
 
 def recommend(
@@ -317,6 +309,21 @@ def recommend(
     return TopK(scores, found)
 
 
+def _choose(
+    name: str, select: sp.csr_array, targets: Ragged, refit: sp.csr_array, seed: int
+) -> Choice:
+    grid, tried = GRIDS[name], []
+    users = np.flatnonzero(targets.lengths)
+    if len(grid) > 1 and len(users):
+        wanted, fit = targets.take(users), _fitter(name, select, seed)
+        for settings in tqdm(grid, desc=f"{name}: choosing", unit="fit", leave=False):
+            found = recommend(fit(settings), select, users, 10)
+            ndcg = metrics.ranking(found.ids, wanted.ids, wanted.offsets, [10])["ndcg@10"]
+            tried.append({**settings, "ndcg@10": float(ndcg.mean())})
+    best = int(np.argmax([point["ndcg@10"] for point in tried])) if tried else 0
+    return Choice(name, _fitter(name, refit, seed)(grid[best]), grid[best], tried)
+
+
 def _fitter(name: str, matrix: sp.csr_array, seed: int) -> Callable[[Mapping[str, Any]], Baseline]:
     """What makes a fitted baseline out of settings, sharing what does not depend on them."""
     if name == "ease":
@@ -329,9 +336,13 @@ def _fitter(name: str, matrix: sp.csr_array, seed: int) -> Callable[[Mapping[str
     return lambda settings: ItemKnn(**settings).fit(matrix)
 
 
-def _one_blas_thread() -> threadpool_limits:
-    """`implicit` has threads of its own; BLAS threads under them slow it down tenfold."""
-    return threadpool_limits(1, user_api="blas")
+def _blas_threads(num_items: int) -> threadpool_limits:
+    """One BLAS thread for matrices that are small, as many as there are for others.
+
+    Beside a busy neighbour on one of two cores, choosing EASE for 1,682 items took 24 s with two
+    BLAS threads, which wait for each other, and 2 s with one. ALS has threads of its own.
+    """
+    return threadpool_limits(1 if num_items <= 5_000 else None, user_api="blas")
 
 
 def gram(matrix: sp.csr_array) -> Floats:

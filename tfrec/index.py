@@ -29,7 +29,6 @@ _BLOCK_CELLS = 1 << 22
 
 _SCANN_LEAST = 16
 _SCANN_K = 100
-_SCANN_SEARCHED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +207,7 @@ class ScannIndex:
         builder = _scann().builder(vectors, min(_SCANN_K, n), "dot_product")
         builder = builder.tree(
             num_leaves=leaves,
-            num_leaves_to_search=max(1, round(leaves * _SCANN_SEARCHED)),
+            num_leaves_to_search=max(min(leaves, 10), leaves // 10),
             training_sample_size=min(n, 250_000),
         )
         builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
