@@ -137,7 +137,8 @@ def test_a_saved_index_answers_the_same_and_holds_no_pickle(kind, tmp_path):
     before, after = index.search(queries, 20), loaded.search(queries, 20)
     assert type(loaded) is type(index)
     assert (before.ids == after.ids).all()
-    assert (before.scores == after.scores).all()
+    # ScaNN lays changed points out anew, which moves the last bits of its sums.
+    assert before.scores == pytest.approx(after.scores, rel=1e-6, abs=1e-6)
     assert not list((tmp_path / "index").rglob("*.pkl"))
     assert np.isin(900, loaded.ids)
 
