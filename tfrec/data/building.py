@@ -137,7 +137,8 @@ def _catalog(
     columns = _chosen(table, list(table.columns) if table else (), kept)
     _check_columns(table, "item_text", settings.item_text)
     _check_columns(table, "item_attributes", settings.item_attributes)
-    titles = [given or key for given, key in zip(columns.get("title", ids), ids, strict=True)]
+    given = columns.get("title", ids)
+    titles = [title.strip() or key for title, key in zip(given, ids, strict=True)]
     kinds = kinds_of({n: c for n, c in columns.items() if n != "title"}, settings)
     readable = [name for name, kind in kinds.items() if kind in ("text", "categorical")]
     texts = settings.item_text or [*(["title"] if "title" in columns else []), *readable]

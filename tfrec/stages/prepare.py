@@ -14,6 +14,8 @@ from tfrec.data.dataset import KIND, Dataset
 
 FOLDER = "prepare"
 
+_PARTS = ("train", "valid", "test")
+
 
 def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
     """Reads, cleans and splits the data, and leaves it at ``out/prepare``.
@@ -47,11 +49,12 @@ def summary_lines(artifact: Artifact) -> list[str]:
     """The artifact's summary as a small table for people."""
     m = artifact.metrics
     rows: list[tuple[str, int, str]] = [("interactions read", m["rows"], "")]
-    rows += [("  dropped", count, REASONS[why]) for why, count in m["dropped"].items()]
+    dropped = m["dropped"]
+    rows += [("  dropped", dropped[why], note) for why, note in REASONS.items() if why in dropped]
     rows.append(("interactions kept", m["interactions"], f"{m['first']} to {m['last']}"))
     if len(m["events"]) > 1:
         rows += [(f"  {name}", count, "") for name, count in m["events"].items()]
-    rows += [(f"  {name}", count, "") for name, count in m["split"].items() if count]
+    rows += [(f"  {part}", m["split"][part], "") for part in _PARTS if m["split"][part]]
     rows.append(("items", m["items"], f"{m['items_without_events']} without events"))
     if m["unknown_items"]:
         rows.append(
