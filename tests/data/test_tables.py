@@ -62,6 +62,14 @@ def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path):
     ]
 
 
+def test_lines_may_end_as_windows_ends_them(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'a,b\r\n"1,1",2\r\n\r\n3,4\r\n')
+    reader = open_table(path, "data.items")
+    assert everything(reader) == [{"a": "1,1", "b": "2"}, {"a": "3", "b": "4"}]
+    assert reader.where(1) == "line 4"
+
+
 def test_rows_are_named_by_their_line_even_below_cells_of_several_lines(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('a,b\n"two\nlines",2\n\n3,4\n')
