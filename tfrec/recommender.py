@@ -3,6 +3,527 @@
 A trained run and a deployed bundle recommend through this same code; only the Engine differs.
 """
 
-from tfrec.index import TopK
+from __future__ import annotations
 
-__all__ = ["TopK"]
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfrec.data.catalog import Catalog, Users
+from tfrec.data.interactions import Interactions
+from tfrec.data.sequences import EventCoding, Histories
+from tfrec.errors import InputError
+from tfrec.index import ExactIndex, Index, Ragged, TopK, make_index, top_k
+
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int32]
+Source = Literal["behaviour", "text", "popular"]
+
+BLOCK = 512
+SCALARS = ("retrieval", "linear", "log_popularity")
+
+
+class Engine(Protocol):
+    """The models of a recommender, whatever runs them."""
+
+    def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
+        """float32 (n, text width), vectors of texts; of a seeker's words if ``query``."""
+
+    def encode_candidate(self, text: Floats, attributes: Floats, rows: Rows) -> Floats:
+        """float32 (n, d), candidate vectors; row 0 for items the model was not trained on."""
+
+    def encode_query(
+        self,
+        histories: Histories,
+        vectors: Floats,
+        profile: Floats,
+        attributes: Floats,
+        request_time: NDArray[np.int64] | None = None,
+    ) -> Floats:
+        """float32 (users, d), query vectors; ``histories.item`` are rows of ``vectors``."""
+
+    def rank(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Task -> float32 (b, c), what the ranker says of each candidate.
+
+        Args:
+          inputs: ``query`` (b, d), ``history`` (b, h, d), ``history_mask`` (b, h), ``candidates``
+            (b, c, d), ``attributes`` (b, c, f), ``user_attributes`` (b, g), ``scalars``
+            (b, c, len(SCALARS)).
+        """
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How candidates are found and scores put together.
+
+    Attributes:
+      candidates: How many each source gives, and how many places the ranker sees.
+      history: Events of a history that the ranker reads.
+      score: Weight of each part: ``retrieval``, ``linear``, and the ranker's tasks.
+      tasks: What the ranker predicts; empty: there is none.
+    """
+
+    candidates: int = 200
+    history: int = 50
+    score: Mapping[str, float] = field(default_factory=lambda: {"retrieval": 1.0})
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the ranker's predictions have a part in the score."""
+        return any(self.score.get(task) for task in self.tasks)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearItems:
+    """A linear item-item model: an item's score is the sum of its weights to the history.
+
+    Attributes:
+      weights: float32 (n + 1, n + 1); row: item of the history, column: item scored.
+    """
+
+    weights: Floats
+
+    def scores(self, histories: Ragged) -> Floats:
+        """float32 (batch, n + 1); each item of a history counts once."""
+        rows = len(self.weights)
+        seen = np.zeros((len(histories), rows), np.float32)
+        user = np.repeat(np.arange(len(histories)), histories.lengths)
+        known = histories.ids < rows
+        seen[user[known], histories.ids[known]] = 1
+        seen[:, 0] = 0
+        return seen @ self.weights
+
+
+@dataclass(frozen=True, eq=False)
+class Who:
+    """A batch of those who ask.
+
+    Attributes:
+      histories: Their events.
+      profile: float32 (b, text width), vectors of their profile texts; zeros where none.
+      attributes: float32 (b, attribute width).
+      request_time: int64 (b,), seconds, or None.
+    """
+
+    histories: Histories
+    profile: Floats
+    attributes: Floats
+    request_time: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.histories)
+
+    def slice(self, start: int, stop: int) -> Who:
+        """Those from ``start`` to ``stop``."""
+        index = np.arange(start, min(stop, len(self)))
+        time = None if self.request_time is None else self.request_time[index]
+        return Who(self.histories.take(index), self.profile[index], self.attributes[index], time)
+
+    @property
+    def seen(self) -> Ragged:
+        """The items of their histories."""
+        return Ragged(self.histories.offsets, self.histories.item)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one person asks for.
+
+    Attributes:
+      user_id: A known user, whose events and attributes are then used; or a new one.
+      history: Item ids, oldest first, that follow what is known of the user.
+      profile: What the person likes, in words.
+      exclude: Item ids that must not come.
+      include: Item ids to choose among; empty: all.
+      filters: Attribute column -> value the items must have.
+      include_seen: Whether items of the history may come.
+      time: Seconds since 1970 of the request, for models that read it.
+    """
+
+    user_id: str = ""
+    history: tuple[str, ...] = ()
+    profile: str = ""
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    filters: Mapping[str, str] = field(default_factory=dict)
+    include_seen: bool = False
+    time: int | None = None
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """One recommended item.
+
+    Attributes:
+      item_id: Its id.
+      title: Its title.
+      score: Higher is better; comparable within one answer only.
+      source: What it rests on: ``behaviour``, ``text`` or ``popular``.
+    """
+
+    item_id: str
+    title: str
+    score: float
+    source: Source
+
+
+class Recommender:
+    """Answers requests with the models of an engine.
+
+    Args:
+      engine: The models.
+      catalog: The items; row i has vector i.
+      users: The users; row u has the events of user u.
+      interactions: What is known of the users, and how popular items are.
+      coding: How events become integers.
+      vectors: float32 (n + 1, d), candidate vectors; row 0 is zero.
+      text: float32 (n + 1, text width), vectors of the items' texts; width 0: none.
+      profile: float32 (users, text width), vectors of the users' profiles; width 0: none.
+      policy: How scores are put together.
+      linear: A linear item-item model as another source of candidates.
+      index: An index of the vectors; made if not given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        catalog: Catalog,
+        users: Users,
+        interactions: Interactions,
+        coding: EventCoding,
+        vectors: Floats,
+        text: Floats,
+        profile: Floats,
+        policy: Policy | None = None,
+        linear: LinearItems | None = None,
+        index: Index | None = None,
+    ) -> None:
+        self.engine, self.catalog, self.users = engine, catalog, users
+        self.interactions, self.coding = interactions, coding
+        self.vectors, self.text, self.profile = vectors, text, profile
+        self.policy, self.linear = policy or Policy(), linear
+        rows = np.arange(1, len(catalog), dtype=np.int32)
+        self.index = index or make_index(vectors[1:], rows)
+        self.popularity = np.bincount(interactions.item, minlength=len(catalog)).astype(np.float32)
+        self.popularity[0] = 0
+        self._histories = Histories.of(interactions, coding)
+
+    def who(self, history: Interactions, users: Rows) -> Who:
+        """Known users with the given events as their histories."""
+        return Who(
+            Histories.of(history, self.coding).take(users),
+            self.profile[users],
+            self.users.features[users],
+        )
+
+    def lists(
+        self,
+        history: Interactions,
+        users: Rows,
+        k: int,
+        exclude_history: bool = True,
+        request_time: NDArray[np.int64] | None = None,
+    ) -> dict[str, TopK]:
+        """Recommendations for known users, of retrieval alone and of the whole chain.
+
+        Args:
+          history: The events that are known; user u's are his history.
+          users: int32 (b,), user rows.
+          k: Places of a list.
+          exclude_history: Whether items of the history are left out.
+          request_time: int64 (b,), seconds, or None.
+
+        Returns:
+          ``retrieval`` and, if there is more than retrieval, ``ranking``.
+        """
+        asked = self.who(history, users)
+        asked = Who(asked.histories, asked.profile, asked.attributes, request_time)
+        alone = Policy(self.policy.candidates, self.policy.history)
+        out = {"retrieval": self._all(asked, k, exclude_history, alone)}
+        if self.linear is not None or self.policy.ranks:
+            out["ranking"] = self._all(asked, k, exclude_history, self.policy)
+        return out
+
+    def _all(self, asked: Who, k: int, exclude_history: bool, policy: Policy) -> TopK:
+        parts = [TopK(np.zeros((0, k), np.float32), np.zeros((0, k), np.int32))]
+        for start in range(0, len(asked), BLOCK):
+            block = asked.slice(start, start + BLOCK)
+            exclude = block.seen if exclude_history else None
+            parts.append(self.chain(block, k, exclude, self.index, policy))
+        return TopK(
+            np.concatenate([p.scores for p in parts]), np.concatenate([p.ids for p in parts])
+        )
+
+    def chain(
+        self, asked: Who, k: int, exclude: Ragged | None, index: Index, policy: Policy
+    ) -> TopK:
+        """Retrieve, rank and cut: the chain itself, for those with behaviour to go by."""
+        query = self.queries(asked)
+        plain = {name for name, weight in policy.score.items() if weight} <= {"retrieval"}
+        if plain:
+            return index.search(query, k, exclude)
+        rows, linear = self._candidates(asked, query, max(k, policy.candidates), exclude, index)
+        parts = self.parts(asked, query, rows, linear, policy.ranks)
+        score = np.zeros(rows.shape, np.float32)
+        for name, weight in policy.score.items():
+            if weight and name in parts:
+                score += np.float32(weight) * parts[name]
+        score[rows == 0] = -np.inf
+        return _best(score, rows, k)
+
+    def queries(self, asked: Who) -> Floats:
+        """float32 (b, d), query vectors."""
+        return self.engine.encode_query(
+            asked.histories, self.vectors, asked.profile, asked.attributes, asked.request_time
+        )
+
+    def candidates(
+        self, asked: Who, query: Floats, count: int, exclude: Ragged | None
+    ) -> tuple[Rows, Floats]:
+        """What every source gives: see :meth:`_candidates`."""
+        return self._candidates(asked, query, count, exclude, self.index)
+
+    def _candidates(
+        self, asked: Who, query: Floats, count: int, exclude: Ragged | None, index: Index
+    ) -> tuple[Rows, Floats]:
+        """Distinct candidate rows, 0 in unused places, and their linear scores."""
+        found = index.search(query, count, exclude).ids
+        if self.linear is None:
+            return found, np.zeros(found.shape, np.float32)
+        every = self.linear.scores(asked.seen)
+        ids = index.ids
+        known = ids[ids < every.shape[1]]
+        more = top_k(every[:, known].copy(), known, min(count, max(len(known), 1)), exclude).ids
+        rows = _distinct(np.concatenate([found, more], axis=1))
+        inside = np.where(rows < every.shape[1], rows, 0)
+        return rows, np.take_along_axis(every, inside, axis=1)
+
+    def parts(
+        self, asked: Who, query: Floats, rows: Rows, linear: Floats, rank: bool
+    ) -> dict[str, Floats]:
+        """Every part of the score of the given candidates.
+
+        Args:
+          asked: b users.
+          query: float32 (b, d), their query vectors.
+          rows: int32 (b, c), candidates.
+          linear: float32 (b, c), their linear scores.
+          rank: Whether the ranker is asked.
+
+        Returns:
+          ``retrieval``, ``linear`` and the ranker's tasks -> float32 (b, c).
+        """
+        candidates = self.vectors[rows]
+        retrieval = np.einsum("bd,bcd->bc", query, candidates).astype(np.float32)
+        parts: dict[str, Floats] = {"retrieval": retrieval, "linear": linear}
+        if rank:
+            history, mask = history_vectors(asked.histories, self.vectors, self.policy.history)
+            inputs = {
+                "query": query,
+                "history": history,
+                "history_mask": mask,
+                "candidates": candidates,
+                "attributes": self.catalog.features[rows],
+                "user_attributes": asked.attributes,
+                "scalars": scalars(retrieval, linear, self.popularity[rows]),
+            }
+            parts |= self.engine.rank(inputs)
+        return parts
+
+    def predictions(self, events: Interactions, history: Interactions) -> dict[str, Floats]:
+        """What the ranker says of given events, from histories that do not hold them.
+
+        Args:
+          events: n events to predict.
+          history: What is known of the users.
+
+        Returns:
+          Task -> float32 (n,); empty without a ranker.
+        """
+        out: dict[str, list[Floats]] = {task: [] for task in self.policy.tasks}
+        for start in range(0, len(events) if out else 0, BLOCK):
+            users = events.user[start : start + BLOCK]
+            asked = self.who(history, users)
+            rows = events.item[start : start + BLOCK][:, None]
+            linear = np.zeros(rows.shape, np.float32)
+            if self.linear is not None:
+                linear = np.take_along_axis(self.linear.scores(asked.seen), rows, axis=1)
+            parts = self.parts(asked, self.queries(asked), rows, linear, rank=True)
+            for task, values in out.items():
+                values.append(parts[task][:, 0])
+        return {task: np.concatenate([*v, np.zeros(0, np.float32)]) for task, v in out.items()}
+
+    def recommend(self, requests: Sequence[Request], k: int = 10) -> list[list[Recommended]]:
+        """Answers requests, each with exactly ``k`` items where ``k`` are allowed.
+
+        Raises:
+          InputError: k is below 1, or a filter names an attribute that items do not have.
+        """
+        if k < 1:
+            raise InputError(f"k must be at least 1, and got {k}")
+        out: list[list[Recommended]] = [[] for _ in requests]
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for place, request in enumerate(requests):
+            key = (request.include, tuple(sorted(request.filters.items())))
+            groups.setdefault(key, []).append(place)
+        for places in groups.values():
+            index = self._allowed(requests[places[0]])
+            for start in range(0, len(places), BLOCK):
+                block = places[start : start + BLOCK]
+                answers = self._answer([requests[p] for p in block], k, index)
+                for place, answer in zip(block, answers, strict=True):
+                    out[place] = answer
+        return out
+
+    def _answer(self, requests: Sequence[Request], k: int, index: Index) -> list[list[Recommended]]:
+        asked, exclude = self._asked(requests)
+        answers: list[list[Recommended]] = [[] for _ in requests]
+        known = np.flatnonzero(np.diff(asked.histories.offsets) > 0)
+        if len(known):
+            who = Who(
+                asked.histories.take(known),
+                asked.profile[known],
+                asked.attributes[known],
+                None if asked.request_time is None else asked.request_time[known],
+            )
+            found = self.chain(who, k, exclude.take(known), index, self.policy)
+            for place, ids, scores in zip(known, found.ids, found.scores, strict=True):
+                answers[place] = self._named(ids, scores, "behaviour")
+        for place in np.flatnonzero(np.diff(asked.histories.offsets) == 0):
+            profile = requests[place].profile or self._profile_text(requests[place])
+            source: Source = "text" if profile and self.text.shape[1] else "popular"
+            scores = self._cold_scores(profile if source == "text" else "", index.ids)
+            found = top_k(scores, index.ids, k, exclude.take(np.array([place])))
+            answers[place] = self._named(found.ids[0], found.scores[0], source)
+        return answers
+
+    def _asked(self, requests: Sequence[Request]) -> tuple[Who, Ragged]:
+        rows = [self.users.row(r.user_id) if r.user_id else -1 for r in requests]
+        histories = _joined([self._history(row, r) for row, r in zip(rows, requests, strict=True)])
+        index = np.array(rows)
+        known = (index >= 0)[:, None]
+        profile = np.where(known, self.profile[index] if len(self.users) else 0, 0)
+        attributes = np.where(known, self.users.features[index] if len(self.users) else 0, 0)
+        times = np.array([r.time or 0 for r in requests], np.int64)
+        asked = Who(
+            histories,
+            profile.astype(np.float32),
+            attributes.astype(np.float32),
+            times if any(r.time for r in requests) else None,
+        )
+        excluded = []
+        for place, request in enumerate(requests):
+            start, stop = histories.offsets[place : place + 2]
+            seen = histories.item[start:stop] if not request.include_seen else histories.item[:0]
+            excluded.append(np.concatenate([seen, self.catalog.rows(request.exclude)]))
+        return asked, Ragged.of(excluded)
+
+    def _history(self, row: int, request: Request) -> Histories:
+        known = self._histories.take([row] if row >= 0 else [])
+        rows = self.catalog.rows(request.history)
+        rows = rows[rows > 0]
+        newest = known.timestamp[-1] if len(known.item) else np.int64(request.time or 0)
+        event = self.coding.events([self.coding.event_names[0]] * len(rows))
+        item = np.concatenate([known.item, rows])
+        return Histories(
+            np.array([0, len(item)], np.int64),
+            item,
+            np.concatenate([known.event, event]),
+            np.concatenate([known.rating, np.zeros(len(rows), np.int32)]),
+            np.concatenate([known.timestamp, np.full(len(rows), newest)]),
+        )
+
+    def _allowed(self, request: Request) -> Index:
+        if not request.include and not request.filters:
+            return self.index
+        allowed = np.ones(len(self.catalog), bool)
+        allowed[0] = False
+        if request.include:
+            chosen = np.zeros(len(self.catalog), bool)
+            chosen[self.catalog.rows(request.include)] = True
+            allowed &= chosen
+        for column, value in request.filters.items():
+            allowed &= self._has(column, value)
+        rows = np.flatnonzero(allowed).astype(np.int32)
+        return ExactIndex.build(self.vectors[rows], rows)
+
+    def _has(self, column: str, value: str) -> NDArray[np.bool_]:
+        cells = self.catalog.attributes.get(column)
+        if cells is None:
+            known = ", ".join(self.catalog.attributes) or "none"
+            raise InputError(f"items have no attribute '{column}' to filter by; they have: {known}")
+        separator = self.catalog.schema.separator
+        return np.array([value in cell.split(separator) for cell in cells])
+
+    def _profile_text(self, request: Request) -> str:
+        row = self.users.row(request.user_id) if request.user_id else -1
+        return self.users.texts[row] if row >= 0 else ""
+
+    def _cold_scores(self, profile: str, rows: Rows) -> Floats:
+        """(1, n): similarity of text to the profile, or popularity, which also breaks ties."""
+        share = self.popularity[rows] / max(float(self.popularity.max()), 1.0)
+        if not profile:
+            return share[None].astype(np.float32)
+        vector = self.engine.encode_text([profile], query=True)[0]
+        return (self.text[rows] @ vector + 1e-3 * share)[None].astype(np.float32)
+
+    def _named(self, ids: Rows, scores: Floats, source: Source) -> list[Recommended]:
+        return [
+            Recommended(self.catalog.ids[i], self.catalog.titles[i], float(s), source)
+            for i, s in zip(ids.tolist(), scores.tolist(), strict=True)
+            if i
+        ]
+
+
+def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:
+    """float32 (b, c, 3): the numbers named in :data:`SCALARS`, as training and serving see them."""
+    return np.stack([retrieval, linear, np.log1p(popularity)], axis=-1).astype(np.float32)
+
+
+def history_vectors(histories: Histories, vectors: Floats, length: int) -> tuple[Floats, Floats]:
+    """The last events of each history as vectors, the newest in the last place.
+
+    Returns:
+      float32 (b, length, d) and the mask float32 (b, length).
+    """
+    last = histories.last(length)
+    counts = np.diff(last.offsets)
+    user = np.repeat(np.arange(len(last)), counts)
+    place = np.arange(len(last.item)) - np.repeat(last.offsets[1:], counts) + length
+    rows = np.zeros((len(last), length), np.int32)
+    mask = np.zeros((len(last), length), np.float32)
+    rows[user, place], mask[user, place] = last.item, 1
+    return vectors[rows] * mask[:, :, None], mask
+
+
+def _distinct(rows: Rows) -> Rows:
+    """Rows of ids with repeats replaced by 0."""
+    ordered = np.sort(rows, axis=1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
+    return ordered
+
+
+def _best(score: Floats, rows: Rows, k: int) -> TopK:
+    """The k best candidates of each row, the lower id first on equal scores."""
+    order = np.lexsort((rows, -score), axis=1)[:, :k]
+    scores, ids = np.take_along_axis(score, order, 1), np.take_along_axis(rows, order, 1)
+    short = k - ids.shape[1]
+    if short > 0:
+        scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
+        ids = np.pad(ids, ((0, 0), (0, short)))
+    return TopK(scores, np.where(scores > -np.inf, ids, 0).astype(np.int32))
+
+
+def _joined(histories: Sequence[Histories]) -> Histories:
+    lengths = [len(h.item) for h in histories]
+    return Histories(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate([h.item for h in histories]),
+        np.concatenate([h.event for h in histories]),
+        np.concatenate([h.rating for h in histories]),
+        np.concatenate([h.timestamp for h in histories]),
+    )

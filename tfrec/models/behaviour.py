@@ -11,11 +11,13 @@ class BehaviourEncoder(tf_keras.layers.Layer):
     """Pre-norm transformer over packed sequences.
 
     Self-attention as in SASRec (Kang & McAuley 2018, "Self-Attentive Sequential Recommendation")
-    with GELU feed-forward layers of four times the width. Places of different segments of a row do
+    with a learned bias for each distance and head (Raffel et al. 2020, "T5") and GELU feed-forward
+    layers of four times the width. Places of different segments of a row do
     not see each other, and segment 0 is padding.
 
     Args:
       width: Width of the sequence, d.
+      length: Places of the longest row.
       layers: Transformer blocks.
       heads: Attention heads; must divide ``width``.
       dropout: Share of activations dropped in training.
@@ -25,6 +27,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
     def __init__(
         self,
         width: int,
+        length: int,
         layers: int = 2,
         heads: int = 2,
         dropout: float = 0.3,
@@ -36,6 +39,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
             raise ValueError(f"heads = {heads} must divide the width {width}")
         self.settings = {
             "width": width,
+            "length": length,
             "layers": layers,
             "heads": heads,
             "dropout": dropout,
@@ -43,7 +47,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
         }
         self.causal = causal
         self.blocks = [
-            TransformerBlock(width, heads, dropout, name=f"block_{i}") for i in range(layers)
+            TransformerBlock(width, length, heads, dropout, name=f"block_{i}") for i in range(layers)
         ]
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="norm")
 
@@ -81,7 +85,9 @@ def attention_mask(segment: Any, causal: bool) -> Any:
 class TransformerBlock(tf_keras.layers.Layer):
     """Pre-norm self-attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, width: int, heads: int, dropout: float, **kwargs: Any) -> None:
+    def __init__(
+        self, width: int, length: int, heads: int, dropout: float, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.width, self.heads, self.rate = width, heads, dropout
         self.attention_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6)
@@ -91,6 +97,7 @@ class TransformerBlock(tf_keras.layers.Layer):
         self.expand = tf_keras.layers.Dense(4 * width, name="expand")
         self.contract = tf_keras.layers.Dense(width, name="contract")
         self.dropout = tf_keras.layers.Dropout(dropout)
+        self.bias = self.add_weight(name="bias", shape=(heads, length), initializer="zeros")
 
     def call(self, inputs: Any, mask: Any, training: bool | None = None) -> Any:
         """(batch, length, width) and bool (batch, length, length) -> (batch, length, width)."""
@@ -106,6 +113,9 @@ class TransformerBlock(tf_keras.layers.Layer):
         split = tf.reshape(self.qkv(inputs), [-1, length, 3, self.heads, size])
         query, key, value = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))
         scores = tf.matmul(query, key, transpose_b=True) * float(size) ** -0.5
+        places = tf.range(length)
+        distance = tf.abs(places[:, None] - places[None, :])
+        scores += tf.cast(tf.gather(self.bias, distance, axis=1), scores.dtype)
         low = tf.constant(-1e4 if scores.dtype == tf.float16 else -1e9, scores.dtype)
         weights = tf.nn.softmax(tf.where(mask[:, None], scores, low))
         weights = self.dropout(weights, training=training)

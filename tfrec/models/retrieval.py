@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.config import RetrievalConfig
-from tfrec.data.sequences import Arrays, EventCoding, Histories, query_arrays
-from tfrec.models.keras_bridge import tf, tf_keras, tfrs
+from tfrec.data.sequences import EventCoding, Histories, query_arrays
+from tfrec.models.keras_bridge import tf, tfrs
 from tfrec.models.losses import across_replicas, full_softmax_loss
 from tfrec.models.step import TaskModel
 from tfrec.models.towers import CandidateTower, QueryTower
@@ -141,7 +141,9 @@ class TwoTower(TaskModel):
         batch = {name: tf.constant(values) for name, values in arrays.items()}
         if self.encoder is not None:
             self.encoder(tf.zeros([1, 4], tf.int32), tf.ones([1, 4], tf.int32))
-        vectors = self.candidate_tower(self._text[:1], self._attributes[:1], tf.zeros([1], tf.int32))
+        vectors = self.candidate_tower(
+            self._text[:1], self._attributes[:1], tf.zeros([1], tf.int32)
+        )
         profile, attributes = (tf.zeros([1, 1, width]) for width in self.widths)
         self.query_tower(tf.gather(vectors, batch["item"]), batch, profile, attributes)
 

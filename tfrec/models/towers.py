@@ -158,7 +158,7 @@ class QueryTower(tf_keras.layers.Layer):
         )
         self.dropout = tf_keras.layers.Dropout(dropout)
         self.encoder = BehaviourEncoder(
-            embedding_dim, layers=layers, heads=heads, dropout=dropout, name="encoder"
+            embedding_dim, length, layers=layers, heads=heads, dropout=dropout, name="encoder"
         )
 
     def call(

@@ -1,0 +1,45 @@
+"""run: the stages in order, each through the artifacts of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tfrec.artifact import Artifact, write_json
+from tfrec.config import Config
+from tfrec.stages import adapt, evaluate, prepare
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Artifact:
+    """Prepares, adapts both tasks and evaluates; what is done already is not repeated.
+
+    Args:
+      config: Everything the run is told.
+      out: The run's folder.
+      force: Do every stage anew.
+      say: Gets a line as each stage begins and what it found.
+
+    Returns:
+      The artifact of the last stage: the report, or the ranker where nothing is held out.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"prepare: {config.data.source}")
+    dataset = prepare.run(config, out, force=force)
+    for line in prepare.summary_lines(dataset):
+        say(f"  {line}")
+    write_json(out / "config.json", config.dump())
+    say("adapt: retrieval")
+    adapt.run(config, out, "retrieval", force=force)
+    say("adapt: ranking")
+    last = adapt.run(config, out, "ranking", force=force)
+    if dataset.metrics["split"].get("test"):
+        say("evaluate")
+        last = evaluate.run(config, out, force=force)
+    return last

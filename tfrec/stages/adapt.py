@@ -1,0 +1,554 @@
+"""adapt: a prepared dataset in, a trained model of one task out.
+
+Each task is trained up to three times. The first training sees the training events only, and the
+validation events choose its epoch (cut ``select``). From there training goes on for a few epochs
+with the validation events too (cut ``test``, which the test events then judge), and with all
+events (cut ``final``, which recommends).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfrec import metrics
+from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
+from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
+from tfrec.config import AdaptConfig, Config, RankingConfig, RetrievalConfig, TrainingConfig
+from tfrec.data.catalog import Table
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import TEST, VALID
+from tfrec.data.sequences import EventCoding, Histories, PackedSequences
+from tfrec.distribution import Placement, place
+from tfrec.errors import InputError
+from tfrec.index import Ragged
+from tfrec.models.batches import SampledItems, TrainingBatches
+from tfrec.models.engine import (
+    RetrievalCard,
+    TensorFlowEngine,
+    cut_of,
+    read_array,
+    recommender_of,
+)
+from tfrec.models.exposures import ranking_batches
+from tfrec.models.keras_bridge import set_precision, set_seed, tf
+from tfrec.models.ranking import Ranker
+from tfrec.models.retrieval import TwoTower
+from tfrec.models.text import TextEncoder
+from tfrec.recommender import (
+    BLOCK,
+    SCALARS,
+    Floats,
+    LinearItems,
+    Policy,
+    Recommender,
+    Rows,
+    Who,
+    scalars,
+)
+from tfrec.tracking import callbacks
+from tfrec.training import Metrics, Progress, discard, fit
+
+Task = Literal["retrieval", "ranking"]
+
+
+def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifact:
+    """Trains the model of a task on ``out/prepare`` and leaves it at ``out/adapt/<task>``.
+
+    A training that was killed goes on from its last checkpoint; one that is already there is not
+    repeated.
+
+    Args:
+      config: Its ``[adapt]`` section and the seed.
+      out: The run's folder.
+      task: ``retrieval``, or ``ranking``, which needs the retrieval of the same run.
+      force: Train anew in any case.
+
+    Returns:
+      An artifact of the kind of the task.
+
+    Raises:
+      ArtifactError: what it needs is missing or damaged.
+      InputError: there is nothing to train on.
+      TrainingDivergedError: the loss became NaN.
+    """
+    out = Path(out)
+    parents = {"dataset": Artifact.load(out / "prepare", "dataset")}
+    if task == "ranking":
+        parents["retrieval"] = Artifact.load(out / "adapt" / "retrieval", "retrieval")
+    recipe = _recipe(config, task)
+    folder = out / "adapt" / task
+    found = None if force else current(folder, kind=task, config=recipe, parents=parents)
+    if found is not None:
+        return found
+    digest = recipe_digest(task, recipe, parents)
+    work = folder.with_name(f".{task}.work") / digest[:16]
+    if force:
+        discard(work)
+    job = _Job(config, out, work, Dataset.load(parents["dataset"]), parents)
+    make = _retrieval if task == "retrieval" else _ranking
+    with _publishing(job, folder, task, recipe) as (draft, measured):
+        measured |= make(job, draft)
+    discard(work.parent)
+    return Artifact.peek(folder, task)
+
+
+def _recipe(config: Config, task: Task) -> dict[str, Any]:
+    adapt = config.adapt.model_dump(mode="json", exclude={"ranking", "tracking"})
+    if task == "retrieval":
+        return {"seed": config.seed, "adapt": adapt}
+    ranking = config.adapt.ranking.model_dump(mode="json")
+    return {"seed": config.seed, "refit": config.adapt.refit, "ranking": ranking}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a training works with."""
+
+    config: Config
+    out: Path
+    work: Path
+    dataset: Dataset
+    parents: Mapping[str, Artifact]
+
+    @property
+    def adapt(self) -> AdaptConfig:
+        return self.config.adapt
+
+    @property
+    def cuts(self) -> list[str]:
+        """``select``, and the refits that differ from it and from each other."""
+        split = self.dataset.interactions.split
+        if not self.adapt.refit:
+            return ["select"]
+        refits = [cut for cut, part in (("test", VALID), ("final", TEST)) if (split == part).any()]
+        return ["select", *refits]
+
+    def trackers(self, name: str) -> list[Any]:
+        return callbacks(self.adapt.tracking, self.out, name, self.config.dump())
+
+
+@contextmanager
+def _publishing(
+    job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Only the chief publishes; other workers write to a folder of their own."""
+    began = time.monotonic()
+    with writing(folder, kind=task, config=recipe, parents=job.parents) as draft:
+        yield draft.path, draft.metrics
+        draft.metrics["seconds"] = round(time.monotonic() - began, 1)
+
+
+# --- retrieval ---
+
+
+def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
+    set_seed(job.config.seed)
+    set_precision(job.adapt.retrieval.precision)
+    placement = place(job.adapt.distribution)
+    made = _Retrieval(job, placement)
+    state = made.select()
+    measured = {"best_epoch": state.best_epoch, "validation": state.best, "epochs": state.epoch}
+    measured |= {"train_seconds": round(state.seconds, 1), "weights": made.model.count_params()}
+    made.write(folder, "select")
+    for cut in job.cuts[1:]:
+        made.refit(cut)
+        made.write(folder, cut)
+    np.save(folder / "text.npy", made.text)
+    np.save(folder / "profile.npy", made.profile)
+    write_json(folder / "model.json", made.card.dump())
+    write_json(folder / "history.json", state.history)
+    return measured
+
+
+class _Retrieval:
+    """A two-tower in training."""
+
+    def __init__(self, job: _Job, placement: Placement) -> None:
+        self.job, self.placement = job, placement
+        dataset, config = job.dataset, job.adapt.retrieval
+        self.config: RetrievalConfig = config
+        train = cut_of(dataset.interactions, "select")
+        if len(train) == 0:
+            raise InputError("there is no training event; the dataset has only held-out ones")
+        coding = EventCoding.of(train)
+        with placement.strategy.scope():
+            encoder = _encoder(job.adapt, dataset)
+            self.tokens = _tokens(encoder, dataset) if job.adapt.text_mode == "full" else None
+            self.text = _encoded(encoder, dataset.catalog, "passage")
+            self.profile = _encoded(encoder, dataset.users, "query")
+            share = np.bincount(train.item, minlength=len(dataset.catalog)) + 1.0
+            self.model = TwoTower(
+                config,
+                self.text,
+                dataset.catalog.features,
+                coding,
+                self.profile.shape[1],
+                dataset.users.features.shape[1],
+                popularity=(share / share.sum()).astype(np.float32),
+                encoder=encoder if self.tokens is not None else None,
+            )
+        self.card = RetrievalCard(
+            text_width=self.text.shape[1],
+            attributes_width=dataset.catalog.features.shape[1],
+            profile_width=self.profile.shape[1],
+            user_attributes_width=dataset.users.features.shape[1],
+            num_rows=len(dataset.catalog),
+            coding=coding,
+            cuts=tuple(job.cuts),
+        )
+
+    def select(self) -> Progress:
+        """Trains on the training events; the validation events choose the epoch."""
+        held_out = (self.job.dataset.interactions.split == VALID).any()
+        state = fit(
+            self.model,
+            self._batches("select"),
+            self.config,
+            work_dir=self.job.work / "select",
+            title="retrieval",
+            placement=self.placement,
+            validate=self._validate if held_out else None,
+            callbacks=self.job.trackers("retrieval"),
+        )
+        self._chosen = [v.numpy() for v in self.model.trainable_variables]
+        return state
+
+    def refit(self, cut: str) -> None:
+        """Goes on from the chosen weights with the events of a cut."""
+        for variable, value in zip(self.model.trainable_variables, self._chosen, strict=True):
+            variable.assign(value)
+        batches = self._batches(cut)
+        fit(
+            self.model,
+            batches,
+            refit_config(self.config, batches.steps_per_epoch),
+            work_dir=self.job.work / cut,
+            title=f"retrieval, refit with {'all' if cut == 'final' else 'validation'} events",
+            placement=self.placement,
+            epochs=self.job.adapt.refit_epochs,
+        )
+
+    def write(self, folder: Path, cut: str) -> None:
+        """Writes weights and vectors of a cut."""
+        (folder / cut).mkdir()
+        tf.train.Checkpoint(model=self.model).write(str(folder / cut / "weights"))
+        if self.tokens is not None:
+            np.save(folder / cut / "text.npy", self._text())
+        np.save(folder / cut / "vectors.npy", self.vectors())
+
+    def vectors(self) -> Floats:
+        """float32 (n + 1, d), the catalog's candidate vectors; row 0 is zero."""
+        features = self.job.dataset.catalog.features
+        vectors = self.model.encode_candidate(
+            self._text(), features, np.arange(len(features), dtype=np.int32)
+        )
+        vectors[0] = 0
+        return vectors
+
+    def _text(self) -> Floats:
+        if self.model.encoder is None:
+            return self.text
+        return _vectors_of(self.model.encoder.encode, self.job.dataset.catalog)
+
+    def _batches(self, cut: str) -> TrainingBatches:
+        dataset, config = self.job.dataset, self.config
+        events = cut_of(dataset.interactions, cut)
+        histories = Histories.of(events, self.model.coding)
+        sampled = None
+        if not self.model.full_softmax:
+            sampled = SampledItems(
+                config.positions,
+                config.uniform_negatives,
+                dataset.catalog.num_items,
+                *(self.tokens or (None, None)),
+            )
+        return TrainingBatches(
+            PackedSequences(histories, events.weight, config.history, self.job.config.seed),
+            config.batch_size,
+            self.profile,
+            dataset.users.features,
+            sampled,
+            self.placement.replicas,
+        )
+
+    def _validate(self) -> Metrics:
+        """Full ranking of the validation events, from the training events."""
+        engine = TensorFlowEngine(self.model, None, self.job.adapt)
+        recommender = _recommender(
+            self.job.dataset, engine, self.vectors(), self.text, self.profile
+        )
+        users, targets, offsets = held_out(self.job.dataset)
+        time_of = self._times(users) if self.config.request_time else None
+        lists = recommender.lists(recommender.interactions, users, 10, True, time_of)["retrieval"]
+        found = metrics.ranking(lists.ids, targets, offsets, [10])
+        return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
+
+    def _times(self, users: Rows) -> NDArray[np.int64]:
+        valid = self.job.dataset.interactions.part(VALID)
+        return valid.timestamp[valid.offsets[:-1][users]]
+
+
+def refit_config(config: TrainingConfig, steps: int) -> TrainingConfig:
+    """A short training from good weights: a quick warm-up, then down to zero."""
+    changes = {"schedule": "cosine", "warmup_steps": steps // 2, "ema": 0.0, "patience": 0}
+    return config.model_copy(update=changes)
+
+
+def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64]]:
+    """Users with validation events, those events' items, and the offsets of each user's."""
+    valid = dataset.interactions.part(VALID)
+    counts = np.diff(valid.offsets)
+    users = np.flatnonzero(counts).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
+    return users, valid.item, offsets
+
+
+def _recommender(
+    dataset: Dataset, engine: TensorFlowEngine, vectors: Floats, text: Floats, profile: Floats
+) -> Recommender:
+    return Recommender(
+        engine,
+        dataset.catalog,
+        dataset.users,
+        cut_of(dataset.interactions, "select"),
+        engine.two_tower.coding,
+        vectors,
+        text,
+        profile,
+    )
+
+
+def _encoder(config: AdaptConfig, dataset: Dataset) -> TextEncoder | None:
+    if config.text == "none" or not any((*dataset.catalog.texts, *dataset.users.texts)):
+        return None
+    return TextEncoder.load(
+        config.text, length=config.text_length, trainable=config.text_mode == "full"
+    )
+
+
+def _encoded(
+    encoder: TextEncoder | None, table: Table, role: Literal["passage", "query"]
+) -> Floats:
+    """float32 (rows, text width); zero for rows without a text, width 0 if no row has one."""
+    if encoder is None or not any(table.texts):
+        return np.zeros((len(table), 0), np.float32)
+    return _vectors_of(lambda texts: encoder.encode_cached(texts, role=role, progress=True), table)
+
+
+def _vectors_of(encode: Any, table: Table) -> Floats:
+    rows = [row for row, text in enumerate(table.texts) if text]
+    found = encode([table.texts[row] for row in rows])
+    out = np.zeros((len(table), found.shape[1]), np.float32)
+    out[rows] = found
+    return out
+
+
+def _tokens(
+    encoder: TextEncoder | None, dataset: Dataset
+) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    return encoder.tokenize(dataset.catalog.texts, role="passage") if encoder else None
+
+
+# --- ranking ---
+
+
+def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
+    set_seed(job.config.seed)
+    config = job.adapt.ranking
+    set_precision(config.precision)
+    retrieval = job.parents["retrieval"]
+    linear_settings = _linear(job, folder, config)
+    base = recommender_of(job.dataset, retrieval, None, "select")
+    base.linear = _read_linear(folder, "select")
+    base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0})
+    tasks = _tasks(job.dataset)
+    placement = place(job.adapt.distribution)
+    ranker, sizes, state = _train_ranker(job, base, tasks, placement)
+    assert isinstance(base.engine, TensorFlowEngine)
+    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
+    base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
+    score, found = _choose_score(job, base, config)
+    tf.train.Checkpoint(model=ranker).write(str(folder / "weights"))
+    told = {
+        "candidates": config.candidates,
+        "history": config.history,
+        "score": score,
+        "tasks": list(tasks),
+        "sizes": sizes,
+        "linear": linear_settings,
+    }
+    write_json(folder / "model.json", told)
+    write_json(folder / "history.json", state.history)
+    return {**found, "score": score, "train_seconds": round(state.seconds, 1)}
+
+
+def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] | None:
+    """Writes the linear item-item model of every cut; its settings are chosen on validation."""
+    limit = min(config.linear_items, EASE_LIMIT)
+    if not 0 < job.dataset.catalog.num_items <= limit:
+        return None
+    items = job.dataset.catalog.num_items
+    train = cut_of(job.dataset.interactions, "select")
+    valid = job.dataset.interactions.part(VALID)
+    matrix = matrix_of(train, items)
+    chosen = choose("ease", matrix, Ragged(valid.offsets, valid.item), matrix, job.config.seed)
+    settings = dict(chosen.settings)
+    for cut in job.cuts:
+        events = cut_of(job.dataset.interactions, cut)
+        model = Ease(**settings).fit(matrix_of(events, items))
+        (folder / cut).mkdir(exist_ok=True)
+        np.save(folder / cut / "linear.npy", np.asarray(model.weights, np.float32))
+    return settings
+
+
+def _read_linear(folder: Path, cut: str) -> LinearItems | None:
+    path = folder / cut / "linear.npy"
+    return LinearItems(read_array(path)) if path.exists() else None
+
+
+def _tasks(dataset: Dataset) -> tuple[str, ...]:
+    events = dataset.interactions
+    tasks = ["click"]
+    if np.isfinite(events.rating).any():
+        tasks += ["like", "rating"]
+    if "purchase" in events.event_names:
+        tasks.append("conversion")
+    return tuple(tasks)
+
+
+def _train_ranker(
+    job: _Job, base: Recommender, tasks: tuple[str, ...], placement: Placement
+) -> tuple[Ranker, dict[str, Any], Progress]:
+    dataset, config = job.dataset, job.adapt.ranking
+    train = base.interactions
+    rated = train.rating[np.isfinite(train.rating)]
+    sizes = {
+        "embedding_dim": int(base.vectors.shape[1]),
+        "attributes_width": int(dataset.catalog.features.shape[1]),
+        "user_attributes_width": int(dataset.users.features.shape[1]),
+        "rating_mean": float(rated.mean()) if len(rated) else 0.0,
+        "rating_std": float(max(rated.std(), 1e-3)) if len(rated) else 1.0,
+    }
+    everyone = np.arange(len(dataset.users), dtype=np.int32)
+    found = base.lists(train, everyone, config.candidates)["retrieval"].ids
+    batches = ranking_batches(
+        config,
+        histories=Histories.of(train, base.coding),
+        interactions=train,
+        vectors=base.vectors,
+        query_vectors_of=lambda users, histories: _queries(base, users, histories),
+        hard=Ragged.of([ids[ids > 0] for ids in found]),
+        attributes=dataset.catalog.features,
+        user_attributes=dataset.users.features,
+        scalars_of=lambda users, query, histories, rows: _scalars(base, query, histories, rows),
+        seed=job.config.seed,
+        replicas=placement.replicas,
+        tasks=tasks,
+    )
+    with placement.strategy.scope():
+        ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
+    ranker.adapt_scalars(batches.sample_scalars())
+    state = fit(
+        ranker,
+        batches,
+        config,
+        work_dir=job.work / "select",
+        title="ranking",
+        placement=placement,
+        callbacks=job.trackers("ranking"),
+    )
+    return ranker, sizes, state
+
+
+def _queries(base: Recommender, users: Rows, histories: Histories) -> Floats:
+    return base.queries(Who(histories, base.profile[users], base.users.features[users]))
+
+
+def _scalars(base: Recommender, query: Floats, histories: Histories, rows: Rows) -> Floats:
+    retrieval = np.einsum("bd,bcd->bc", query, base.vectors[rows]).astype(np.float32)
+    linear = np.zeros(rows.shape, np.float32)
+    if base.linear is not None:
+        seen = Ragged(histories.offsets, histories.item)
+        linear = np.take_along_axis(base.linear.scores(seen), rows, axis=1)
+    return scalars(retrieval, linear, base.popularity[rows])
+
+
+# --- how the parts of the score are put together ---
+
+STEPS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+LEAST_GAIN = 0.005
+
+
+def _choose_score(
+    job: _Job, base: Recommender, config: RankingConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Weights of the parts of the final score, chosen on the validation events.
+
+    Every part is measured in standard deviations of the retrieval score within a user's
+    candidates. One part after the other, twice over, gets the weight with which validation
+    NDCG@10 is best; a part that does not gain half a percent gets none.
+    """
+    if config.score:
+        return dict(config.score), {}
+    users, targets, offsets = held_out(job.dataset)
+    if len(users) == 0:
+        return {"retrieval": 1.0}, {}
+    parts, rows = _validation_parts(base, users)
+    single = np.diff(offsets) == 1
+    target = targets[offsets[:-1]]
+    parts, rows, target = {n: p[single] for n, p in parts.items()}, rows[single], target[single]
+    scale = {name: _spread(values, rows > 0) for name, values in parts.items()}
+    unit = {n: scale["retrieval"] / s for n, s in scale.items() if s > 0 and n != "retrieval"}
+    score = {"retrieval": 1.0}
+    total = parts["retrieval"].copy()
+    best = alone = _ndcg(total, rows, target)
+    for _ in range(2):
+        for name, one in unit.items():
+            without = total - np.float32(score.get(name, 0.0)) * parts[name]
+            tried = {
+                s * one: _ndcg(without + np.float32(s * one) * parts[name], rows, target)
+                for s in STEPS
+            }
+            weight = max(tried, key=lambda w: tried[w])
+            chosen = weight if tried[weight] > tried[0.0] * (1 + LEAST_GAIN) else 0.0
+            total, best = without + np.float32(chosen) * parts[name], tried[chosen]
+            score[name] = float(chosen)
+    found = {"validation": best, "validation_retrieval_alone": alone}
+    return {name: weight for name, weight in score.items() if weight}, found
+
+
+def _validation_parts(base: Recommender, users: Rows) -> tuple[dict[str, Floats], Rows]:
+    """Parts of the score of every validation user's candidates, padded with row 0."""
+    all_parts: list[dict[str, Floats]] = []
+    all_rows: list[Rows] = []
+    for start in range(0, len(users), BLOCK):
+        asked = base.who(base.interactions, users[start : start + BLOCK])
+        query = base.queries(asked)
+        rows, linear = base.candidates(asked, query, base.policy.candidates, asked.seen)
+        all_parts.append(base.parts(asked, query, rows, linear, rank=True))
+        all_rows.append(rows)
+    parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
+    return parts, np.concatenate(all_rows)
+
+
+def _spread(values: Floats, used: NDArray[np.bool_]) -> float:
+    """Median over users of the standard deviation among a user's candidates."""
+    shown = np.where(used, values, np.nan)
+    return float(np.median(np.nanstd(shown[used.sum(axis=1) > 1], axis=1)))
+
+
+def _ndcg(score: Floats, rows: Rows, target: Rows) -> float:
+    """Mean NDCG@10 of one target a user; a target that is no candidate is a miss."""
+    hit = rows == target[:, None]
+    wanted = np.where(hit, score, -np.inf).max(axis=1, keepdims=True)
+    place = ((score > wanted) & (rows > 0)).sum(axis=1) + 1
+    gain = np.where(hit.any(axis=1) & (place <= 10), 1 / np.log2(place + 1), 0.0)
+    return float(gain.mean())
