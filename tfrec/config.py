@@ -165,6 +165,9 @@ class RankingConfig(TrainingConfig):
     ema: float = Field(0.0, ge=0, lt=1)
     candidates: int = Field(200, ge=1, le=10_000, description="candidates that are ranked")
     negatives: int = Field(7, ge=1, le=1000, description="exposures beside each positive event")
+    examples_per_user: int = Field(
+        8, ge=1, description="events of each user, drawn at random, that the ranker learns from"
+    )
     history: int = Field(50, ge=1, le=4096)
     cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 cross layers")
     experts: int = Field(4, ge=1, le=64, description="MMoE experts")

@@ -16,7 +16,13 @@ class TaskModel(tfrs.Model):
     Args:
       accumulate: Pieces a batch is cut into along its rows; their gradients make one update, with
         the memory of one piece. Only for losses that are sums over rows.
+
+    Attributes:
+      row_key: The input whose first axis are the rows that ``accumulate`` cuts, along with every
+        other input of that length.
     """
+
+    row_key = "segment"
 
     def __init__(self, accumulate: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,8 +52,9 @@ class TaskModel(tfrs.Model):
         if self.accumulate == 1:
             return self._piece_gradients(inputs)
         total, sums = tf.constant(0.0), [tf.zeros_like(v) for v in self.trainable_variables]
+        rows = inputs[self.row_key].shape[0]
         for piece in range(self.accumulate):
-            loss, gradients = self._piece_gradients(_piece(inputs, piece, self.accumulate))
+            loss, gradients = self._piece_gradients(_piece(inputs, rows, piece, self.accumulate))
             total += loss
             sums = [a + b for a, b in zip(sums, gradients, strict=True)]
         return total, sums
@@ -65,8 +72,7 @@ class TaskModel(tfrs.Model):
         return loss, [tf.convert_to_tensor(g) for g in gradients]
 
 
-def _piece(inputs: Mapping[str, Any], piece: int, pieces: int) -> dict[str, Any]:
-    rows = inputs["segment"].shape[0] if "segment" in inputs else inputs["label"].shape[0]
+def _piece(inputs: Mapping[str, Any], rows: int, piece: int, pieces: int) -> dict[str, Any]:
     if rows % pieces:
         raise ValueError(f"accumulate = {pieces} does not divide a batch of {rows} rows")
     size = rows // pieces

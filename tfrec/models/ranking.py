@@ -1,0 +1,344 @@
+"""Ranker: what a user would do with each of his candidates, as a multi-task tfrs.Model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfrec.config import RankingConfig
+from tfrec.errors import ConfigError, InputError
+from tfrec.models.keras_bridge import tf, tf_keras, tfrs
+from tfrec.models.step import TaskModel
+
+TASKS = ("click", "like", "rating", "conversion")
+
+# Scalars further from their mean, in standard deviations, count as this far.
+_SCALAR_LIMIT = 10.0
+
+
+class Ranker(TaskModel):
+    """Multi-task ranking model over the candidates of retrieval.
+
+    Target attention over the history, DCN-v2 cross layers, and a mixture of experts with one gate
+    a task (MMoE, Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with
+    Multi-gate Mixture-of-Experts"). Conversion is trained over all exposures as p(click) *
+    p(conversion | click) (ESMM, Ma et al. 2018, "Entire Space Multi-Task Model").
+
+    Batches come from :class:`~tfrec.models.exposures.RankingBatches`. As half of their exposures
+    are sampled on purpose, ``click`` and ``conversion`` are probabilities among such exposures, not
+    rates of a running service; ``like`` and ``rating`` are learned from rated events only.
+
+    Args:
+      config: Sizes, ``history`` among them: the most places a history may have.
+      embedding_dim: Width of query and candidate vectors, d.
+      attributes_width: Width of the items' attributes, F; may be 0.
+      user_attributes_width: Width of the users' attributes; may be 0.
+      num_scalars: How many further numbers each candidate has, S; may be 0.
+      tasks: Distinct names among :data:`TASKS`; ``conversion`` needs ``click``.
+      rating_mean: Mean rating of the training events, in stars.
+      rating_std: Their standard deviation; 0 counts as 1.
+
+    Raises:
+      ConfigError: the tasks are not as said.
+    """
+
+    row_key = "query"
+
+    def __init__(
+        self,
+        config: RankingConfig,
+        *,
+        embedding_dim: int,
+        attributes_width: int,
+        user_attributes_width: int,
+        num_scalars: int,
+        tasks: Sequence[str] = ("click", "like", "rating"),
+        rating_mean: float = 0.0,
+        rating_std: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        # The numbers keep float32 on their way in, whatever the precision of the layers.
+        super().__init__(accumulate=config.accumulate, autocast=False, **kwargs)
+        self.config = config
+        self.tasks = checked_tasks(tasks)
+        self.rating_mean, self.rating_std = rating_mean, rating_std or 1.0
+        self.widths = (embedding_dim, attributes_width, user_attributes_width, num_scalars)
+        self.query_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="query_norm")
+        self.item_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="item_norm")
+        self.attention = TargetAttention(config.history, name="attention")
+        self.cross = self._cross_layers(5 * embedding_dim + sum(self.widths[1:]))
+        self.mixture = GatedExperts(config.experts, config.hidden, len(self.tasks), name="mixture")
+        self.dropout = tf_keras.layers.Dropout(config.dropout)
+        self.heads = [TaskHead(config.hidden, name=task) for task in self.tasks]
+        self.scalar_mean, self.scalar_std = (
+            self.add_weight(
+                name=name, shape=(num_scalars,), initializer=start, trainable=False, dtype="float32"
+            )
+            for name, start in (("scalar_mean", "zeros"), ("scalar_std", "ones"))
+        )
+        self._touch()
+
+    def call(self, inputs: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
+        """What each task says of each candidate.
+
+        Args:
+          inputs: float32 ``query`` (B, d), query vectors; ``history`` (B, H, d), candidate vectors
+            of the last events, a later place being a later event; ``history_mask`` (B, H), 1 where
+            there is an event; ``candidates`` (B, C, d); ``attributes`` (B, C, F);
+            ``user_attributes`` (B, user attribute width); ``scalars`` (B, C, S).
+          training: Whether dropout is on.
+
+        Returns:
+          Task -> float32 (B, C): ``click``, ``like`` and ``conversion`` in [0, 1], ``rating`` in
+          stars, which may lie somewhat outside the scale.
+        """
+        logits = self._logits(inputs, training)
+        out = {task: tf.sigmoid(value) for task, value in logits.items()}
+        if "rating" in out:
+            out["rating"] = logits["rating"] * self.rating_std + self.rating_mean
+        if "conversion" in out:
+            out["conversion"] = out["click"] * out["conversion"]
+        return out
+
+    def compute_loss(self, inputs: Mapping[str, Any], training: bool = False) -> Any:
+        """Loss of one replica's part: a mean over examples of sums over exposures and tasks.
+
+        A sum over a row's exposures keeps the one event that is liked or rated as heavy as the one
+        that is clicked, however many exposures are sampled beside it.
+
+        Args:
+          inputs: Those of :meth:`call` and float32 ``label_click``, ``label_like``,
+            ``label_rating`` (stars), ``label_conversion`` (B, C) of the tasks; ``mask_like``,
+            ``mask_rating`` (B, C), 1 where the label is known; ``weight`` (B,), weights of the
+            rows; ``denominator`` (1,), the sum of the weights of the whole global batch.
+          training: Whether dropout is on.
+
+        Returns:
+          float32 scalar; the sum over the replicas is the loss of the batch.
+        """
+        logits = self._logits(inputs, training)
+        total = sum(self._task_loss(task, logits, inputs) for task in self.tasks)
+        rows = tf.reduce_sum(total, axis=1) * inputs["weight"]
+        return tf.reduce_sum(rows) / inputs["denominator"][0]
+
+    def adapt_scalars(self, sample: NDArray[np.float32]) -> None:
+        """Learns the mean and the spread with which scalars are normalised.
+
+        Args:
+          sample: float32 (..., S), such as :meth:`RankingBatches.sample_scalars
+            <tfrec.models.exposures.RankingBatches.sample_scalars>` gives.
+
+        Raises:
+          InputError: the width is another, there is no row, or a value is not finite.
+        """
+        rows = np.asarray(sample, np.float64).reshape(-1, sample.shape[-1])
+        if rows.shape[1] != self.widths[3] or not len(rows):
+            raise InputError(
+                f"scalars to learn from are (n, {self.widths[3]}) with n above 0, and not "
+                f"{rows.shape}"
+            )
+        if not np.isfinite(rows).all():
+            raise InputError("a scalar to learn from is not finite; check what makes the scores")
+        spread = rows.std(axis=0)
+        # A scalar that never changes, such as the score of a model that is off, stays at zero.
+        flat = spread < 1e-6 * np.maximum(1.0, np.abs(rows.mean(axis=0)))
+        self.scalar_mean.assign(rows.mean(axis=0))
+        self.scalar_std.assign(np.where(flat, 1.0, spread))
+
+    def _cross_layers(self, width: int) -> list[Any]:
+        rank = self.config.hidden if self.config.hidden < width / 2 else None
+        return [
+            tfrs.layers.dcn.Cross(
+                projection_dim=rank, kernel_initializer="glorot_uniform", name=f"cross_{i}"
+            )
+            for i in range(self.config.cross_layers)
+        ]
+
+    def _logits(self, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
+        crossed = features = self._features(inputs)
+        for layer in self.cross:
+            crossed = layer(features, crossed)
+        mixed = self.mixture(self.dropout(crossed, training=training))
+        mixed = self.dropout(mixed, training=training)
+        return {
+            task: head(mixed[:, :, i])
+            for i, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))
+        }
+
+    def _features(self, inputs: Mapping[str, Any]) -> Any:
+        candidates = self.item_norm(inputs["candidates"])
+        history = self.item_norm(inputs["history"])
+        attended = self.attention(candidates, history, inputs["history_mask"])
+        query = _for_each(self.query_norm(inputs["query"]), candidates)
+        parts = [query, candidates, attended, query * candidates, attended * candidates]
+        _, attributes, user_attributes, scalars = self.widths
+        # LiteRT and XLA dislike arrays of width 0, so those are left out.
+        if attributes:
+            parts.append(inputs["attributes"])
+        if user_attributes:
+            parts.append(_for_each(inputs["user_attributes"], candidates))
+        if scalars:
+            parts.append(self._normalised(inputs["scalars"]))
+        return tf.concat([tf.cast(part, self.compute_dtype) for part in parts], axis=-1)
+
+    def _normalised(self, scalars: Any) -> Any:
+        z = (tf.cast(scalars, tf.float32) - self.scalar_mean) / self.scalar_std
+        return tf.clip_by_value(z, -_SCALAR_LIMIT, _SCALAR_LIMIT)
+
+    def _task_loss(self, task: str, logits: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+        """float32 (B, C), the loss of each exposure."""
+        label, logit = inputs[f"label_{task}"], logits[task]
+        if task == "click":
+            return tf.nn.sigmoid_cross_entropy_with_logits(label, logit)
+        if task == "like":
+            return inputs["mask_like"] * tf.nn.sigmoid_cross_entropy_with_logits(label, logit)
+        if task == "rating":
+            standard = (label - self.rating_mean) / self.rating_std
+            return inputs["mask_rating"] * tf.square(logit - standard)
+        return product_cross_entropy(label, logits["click"], logit)
+
+    def _touch(self) -> None:
+        """Builds every weight, so that checkpoints and optimizers know them all."""
+        d, attributes, user_attributes, scalars = self.widths
+        shapes = {
+            "query": [1, d],
+            "history": [1, self.config.history, d],
+            "history_mask": [1, self.config.history],
+            "candidates": [1, 1, d],
+            "attributes": [1, 1, attributes],
+            "user_attributes": [1, user_attributes],
+            "scalars": [1, 1, scalars],
+        }
+        self({name: tf.zeros(shape) for name, shape in shapes.items()})
+
+
+class TargetAttention(tf_keras.layers.Layer):
+    """What of a history matters for a candidate.
+
+    Deep Interest Network (Zhou et al. 2018) with a scaled inner product, and a learned weight for
+    how long ago, in events, something happened.
+
+    Args:
+      length: Most places of a history.
+    """
+
+    def __init__(self, length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.length = length
+
+    def build(self, shape: Any) -> None:
+        """Makes the weights for candidates of the given shape."""
+        width = shape[-1]
+        # One projection says as much as one for each side, and this side is the shorter one.
+        self.project = tf_keras.layers.Dense(width, name="project")
+        self.project.build(shape)
+        self.recency = self.add_weight(name="recency", shape=(self.length,), initializer="zeros")
+        super().build(shape)
+
+    def call(self, candidates: Any, history: Any, mask: Any) -> Any:
+        """Averages the history for each candidate.
+
+        Args:
+          candidates: float (B, C, d).
+          history: float (B, H, d), H at most ``length``.
+          mask: float (B, H), 1 where there is an event.
+
+        Returns:
+          float (B, C, d); zeros where the history is empty.
+        """
+        mask = tf.cast(mask, tf.float32)
+        age = tf.cast(tf.cumsum(mask, axis=1, reverse=True), tf.int32)
+        age = tf.clip_by_value(age, 1, self.length)
+        recency = tf.gather(tf.cast(self.recency, tf.float32), age - 1)
+        scores = tf.matmul(self.project(candidates), history, transpose_b=True)
+        scores = tf.cast(scores, tf.float32) * float(history.shape[-1]) ** -0.5
+        scores += (recency + (mask - 1) * 1e9)[:, None]
+        weights = tf.nn.softmax(scores) * mask[:, None]
+        return tf.matmul(tf.cast(weights, history.dtype), history)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {**super().get_config(), "length": self.length}
+
+
+class GatedExperts(tf_keras.layers.Layer):
+    """Experts that all tasks share, mixed for each task by its own gate (MMoE).
+
+    Args:
+      experts: How many.
+      hidden: Width of each.
+      tasks: How many gates.
+    """
+
+    def __init__(self, experts: int, hidden: int, tasks: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.experts, self.hidden, self.tasks = experts, hidden, tasks
+        self.expand = tf_keras.layers.Dense(experts * hidden, activation="relu", name="experts")
+        self.gates = tf_keras.layers.Dense(tasks * experts, name="gates")
+
+    def call(self, inputs: Any) -> Any:
+        """float (B, C, width) -> float (B, C, tasks, hidden)."""
+        rows, columns = tf.shape(inputs)[0], tf.shape(inputs)[1]
+        made = tf.reshape(self.expand(inputs), [rows, columns, self.experts, self.hidden])
+        gates = tf.reshape(self.gates(inputs), [rows, columns, self.tasks, self.experts])
+        return tf.matmul(tf.nn.softmax(gates), made)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        sizes = {"experts": self.experts, "hidden": self.hidden, "tasks": self.tasks}
+        return {**super().get_config(), **sizes}
+
+
+class TaskHead(tf_keras.layers.Layer):
+    """A task's tower: one hidden layer of half the width, and its float32 logit."""
+
+    def __init__(self, hidden: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = hidden
+        self.narrow = tf_keras.layers.Dense(hidden // 2, activation="relu", name="narrow")
+        self.logit = tf_keras.layers.Dense(1, dtype="float32", name="logit")
+
+    def call(self, inputs: Any) -> Any:
+        """float (B, C, hidden) -> float32 (B, C)."""
+        return tf.squeeze(self.logit(self.narrow(inputs)), axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {**super().get_config(), "hidden": self.hidden}
+
+
+def product_cross_entropy(label: Any, first: Any, second: Any) -> Any:
+    """Cross-entropy of the probability sigmoid(first) * sigmoid(second), finite for all logits.
+
+    ``1 - p`` is taken as ``p * (exp(-a) + exp(-b) + exp(-a - b))`` in logarithms, which loses
+    nothing where ``p`` is near 1.
+    """
+    log_yes = tf.math.log_sigmoid(first) + tf.math.log_sigmoid(second)
+    log_no = log_yes + tf.reduce_logsumexp(tf.stack([-first, -second, -first - second]), axis=0)
+    return -label * log_yes - (1 - label) * log_no
+
+
+def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks as a tuple.
+
+    Raises:
+      ConfigError: one is not in :data:`TASKS` or comes twice, there is none, or there is
+        ``conversion`` without ``click``.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ConfigError(f"ranking task '{unknown[0]}' is not one of {', '.join(TASKS)}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ConfigError(f"ranking tasks must be distinct and at least one; got {list(tasks)}")
+    if "conversion" in tasks and "click" not in tasks:
+        raise ConfigError("ranking task 'conversion' needs 'click': add it to the tasks")
+    return tuple(tasks)
+
+
+def _for_each(rows: Any, candidates: Any) -> Any:
+    """(B, width) -> (B, C, width), the same for each candidate of a row."""
+    shape = tf.shape(candidates)
+    return tf.broadcast_to(rows[:, None], [shape[0], shape[1], rows.shape[-1]])
