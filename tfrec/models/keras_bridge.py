@@ -112,6 +112,11 @@ class Hosted(tf_keras.layers.Layer):
     def __init__(self, model: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model = model
+        # Checkpoints find the model by itself, but not the states of its random generators,
+        # without which a resumed training would drop out other things than one never stopped.
+        states = [v.value for v in model.variables if "seed_generator" in v.path]
+        for number, state in enumerate(states):
+            self._track_trackable(state, f"random_state_{number}")
 
     @property
     def trainable_weights(self) -> list[Any]:

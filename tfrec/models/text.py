@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tfrec.data.sources import cache_folder
 from tfrec.data.tokens import TextTokenizer, padded
 from tfrec.errors import ConfigError, InputError
 from tfrec.models import weights
-from tfrec.models.keras_bridge import Hosted, keras3, keras_hub, tf
+from tfrec.models.bert import load_backbone, save_backbone
+from tfrec.models.keras_bridge import Hosted, tf
+from tfrec.models.text_cache import TextCache
 
 Role = Literal["", "query", "passage"]
 
@@ -77,6 +81,39 @@ class TextSettings:
             activation=str(weights.read_json(folder / "config.json").get("hidden_act", "")),
         )
 
+    def write(self, folder: Path, width: int, length: int) -> None:
+        """Writes the files that :meth:`read` and sentence-transformers read."""
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalize else [])]
+        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+        files: dict[str, Any] = {
+            "modules.json": [
+                {
+                    "idx": number,
+                    "name": str(number),
+                    "path": paths[kind],
+                    "type": f"sentence_transformers.models.{kind}",
+                }
+                for number, kind in enumerate(kinds)
+            ],
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": width,
+                **{name: mode == self.pooling for name, mode in _MODES.items()},
+            },
+            "sentence_bert_config.json": {
+                "max_seq_length": length,
+                "do_lower_case": self.lowercase,
+            },
+            "config_sentence_transformers.json": {"prompts": dict(self.prompts)},
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": length,
+            },
+        }
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content, indent=1), "utf-8")
+
     def prompt(self, role: Role) -> str:
         """What is put before a text in this role."""
         other = self.prompts.get("document", "") if role == "passage" else ""
@@ -120,8 +157,6 @@ class TextEncoder(Hosted):
                 f"the tokenizer knows {tokenizer.vocabulary_size} tokens and the BERT only "
                 f"{backbone.vocabulary_size}: they do not belong together"
             )
-        # Nothing here reads the pooler, so it has no gradient.
-        backbone.pooled_dense.trainable = False
         self.tokenizer = tokenizer
         self.settings = settings
         self.width = int(backbone.hidden_dim)
@@ -156,9 +191,20 @@ class TextEncoder(Hosted):
         """
         found = weights.find(name, folder)
         settings = TextSettings.read(found)
-        backbone = _backbone(found, dtype)
-        _set_activation(backbone, settings.activation, found)
+        backbone = load_backbone(found, dtype)
         return cls(backbone, TextTokenizer.load(found, length), settings, trainable=trainable)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a Hugging Face folder that :meth:`load` and sentence-transformers read.
+
+        Args:
+          folder: A folder that does not exist, or whose files of these names are replaced.
+        """
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        save_backbone(self.model, out, self.settings.activation or "gelu_new")
+        self.tokenizer.save(out / "tokenizer.json")
+        self.settings.write(out, self.width, self.tokenizer.length)
 
     def call(self, token_ids: Any, padding_mask: Any, training: bool | None = None) -> Any:
         """Vectors of tokenised texts.
@@ -220,11 +266,48 @@ class TextEncoder(Hosted):
                     bar.update(len(batch))
         return out[index]
 
+    def encode_cached(
+        self,
+        texts: Sequence[str],
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        role: Role = "",
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """:meth:`encode` that keeps vectors in a folder and encodes only texts new to it.
+
+        Args:
+          texts: n texts.
+          folder: The cache; several encoders and processes may share it. None: ``texts`` in
+            tfrec's cache folder.
+          role: As for :meth:`encode`.
+          progress: Whether to show a progress bar.
+
+        Returns:
+          float32 (n, width).
+
+        Raises:
+          SetupError: the folder cannot be written.
+        """
+        prompted = [self.settings.prompt(role) + text for text in texts]
+        cache = TextCache(folder or cache_folder() / "texts", self.digest(), self.width)
+        vectors, found = cache.get(prompted)
+        missing = list(dict.fromkeys(prompted[row] for row in np.flatnonzero(~found)))
+        if missing:
+            new = self.encode(missing, progress=progress)
+            cache.add(missing, new)
+            place = {text: row for row, text in enumerate(missing)}
+            for row in np.flatnonzero(~found):
+                vectors[row] = new[place[prompted[row]]]
+        return vectors
+
     def digest(self) -> str:
         """SHA-256 of all that decides about the vectors: weights, tokenizer, settings; as hex."""
         hashed = hashlib.sha256(f"{self.tokenizer.digest}{self.settings}".encode())
-        for variable in self.model.trainable_variables:
-            hashed.update(np.ascontiguousarray(variable.value.numpy()).data)
+        for variable in self.model.variables:
+            # The states of random generators change and decide about nothing here.
+            if "seed_generator" not in variable.path:
+                hashed.update(np.ascontiguousarray(variable.value.numpy()).data)
         return hashed.hexdigest()
 
     def _prepared(self, texts: Iterable[str], role: Role) -> list[str]:
@@ -265,30 +348,6 @@ def _pool(hidden: Any, padding_mask: Any, mode: str) -> Any:
     if mode == "max":
         return tf.reduce_max(tf.where(mask > 0, hidden, hidden.dtype.min), 1)
     return tf.reduce_sum(hidden * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1e-9)
-
-
-def _backbone(folder: Path, dtype: str | None) -> Any:
-    settings = {} if dtype is None else {"dtype": dtype}
-    try:
-        return keras_hub.models.BertBackbone.from_preset(str(folder), **settings)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign file makes keras-hub raise
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"the BERT in {folder} cannot be loaded: {reason}") from None
-
-
-def _set_activation(backbone: Any, name: str, folder: Path) -> None:
-    """keras-hub computes GELU by its tanh approximation; most checkpoints mean the exact one."""
-    known = {
-        "": None,
-        "gelu": keras3.activations.gelu,
-        "gelu_new": None,
-        "gelu_pytorch_tanh": None,
-        "relu": keras3.activations.relu,
-    }
-    if name not in known:
-        raise InputError(f"{folder} has the activation '{name}'; known are {', '.join(known)}")
-    for layer in backbone.transformer_layers if known[name] else ():
-        layer._feedforward_intermediate_dense.activation = known[name]
 
 
 def _batches(rows: Sequence[Sequence[int]], tokens_per_batch: int) -> Iterator[NDArray[np.int64]]:

@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tfrec.artifact import file_digest
+from tfrec.data.sources import cache_folder
 from tfrec.errors import InputError, SetupError
 
 HUB_SECONDS = 4.0
@@ -98,12 +99,8 @@ _HUB_FILES = (
 
 
 def cache_dir() -> Path:
-    """Where weights are kept: ``$TFREC_CACHE/weights``, or the user's cache folder."""
-    given = os.environ.get("TFREC_CACHE", "")
-    if given:
-        return Path(given).expanduser() / "weights"
-    base = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
-    return Path(base).expanduser() / "tfrec" / "weights"
+    """Where weights are kept, in tfrec's cache folder."""
+    return cache_folder() / "weights"
 
 
 def find(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
