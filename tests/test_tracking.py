@@ -71,12 +71,17 @@ class TestTensorBoard:
         fit("tensorboard", tmp_path, epochs=4, initial_epoch=2)
         assert list(scalars(tmp_path, "train")["epoch_loss"]) == [1, 2, 3, 4]
 
+    def test_a_training_from_the_start_begins_a_new_curve(self, tmp_path):
+        fit("tensorboard", tmp_path, epochs=2)
+        fit("tensorboard", tmp_path, epochs=1)
+        assert list(scalars(tmp_path, "train")["epoch_loss"]) == [1]
+
     @pytest.mark.slow
     def test_kill_9_loses_no_finished_epoch(self, tmp_path):
         code = (
             "import os, signal, sys; from tfrec import tracking\n"
             "(listener,) = tracking.callbacks(['tensorboard'], sys.argv[1], 'retrieval', {})\n"
-            "listener.on_train_begin(); listener.on_epoch_end(0, {'loss': 0.5})\n"
+            "listener.on_epoch_begin(0); listener.on_epoch_end(0, {'loss': 0.5})\n"
             "os.kill(os.getpid(), signal.SIGKILL)"
         )
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
@@ -173,7 +178,7 @@ class TestMLflow:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "films")
         (listener,) = tracking.callbacks(["mlflow"], tmp_path, "ranking", {})
-        listener.on_train_begin()
+        listener.on_epoch_begin(0)
         listener.on_epoch_end(0, {"val_ndcg@10": 0.25})
         listener.on_train_end()
         client = mlflow.MlflowClient(uri)

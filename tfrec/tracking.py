@@ -14,8 +14,9 @@ import atexit
 import importlib
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def callbacks(
     Args:
       trackers: Any of ``tensorboard``, ``wandb``, ``mlflow``.
       run_dir: The run's folder; local files go under its ``logs/``.
-      name: What is trained, such as ``retrieval``: the run's name in each tracker. The same
-        ``run_dir`` and ``name`` again continue the same run.
+      name: What is trained, such as ``retrieval``: the run's name in each tracker. A training
+        that goes on (its first epoch is not 0) continues the last run of this name.
       config: Plain nested settings, recorded with the run.
 
     Returns:
@@ -52,7 +53,7 @@ def callbacks(
 
 
 class Tracker(tf_keras.callbacks.Callback):
-    """A callback that opens when training begins and is closed however the process ends.
+    """A callback that opens with the first epoch and is closed however the process ends.
 
     Subclasses write one epoch in ``write`` so that it survives a kill right after.
     """
@@ -62,10 +63,12 @@ class Tracker(tf_keras.callbacks.Callback):
         self.logs, self.name, self.settings = logs, name, _flat(config)
         self._open = False
 
-    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Opens the run, or the same run again."""
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Opens a new run before the very first epoch, the same run again before a later one."""
+        if self._open:
+            return
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.open()
+        self.open(fresh=epoch == 0)
         self._open = True
         # Keras calls no on_train_end when an exception or Ctrl-C ends the training.
         atexit.register(self.on_train_end)
@@ -83,8 +86,8 @@ class Tracker(tf_keras.callbacks.Callback):
             self._open = False
             self.close()
 
-    def open(self) -> None:
-        """Starts or continues the run."""
+    def open(self, fresh: bool) -> None:
+        """Starts a run or continues the last one."""
         raise NotImplementedError
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -95,6 +98,13 @@ class Tracker(tf_keras.callbacks.Callback):
         """Ends the run."""
         raise NotImplementedError
 
+    def _remembered(self, tracker: str, fresh: bool, make: Callable[[], str]) -> str:
+        """The id of the last run, kept in a small file; of a new one if there is none."""
+        path = self.logs / f".{self.name}.{tracker}"
+        if fresh or not path.exists():
+            path.write_text(make(), "utf-8")
+        return path.read_text("utf-8").strip()
+
 
 class TensorBoard(Tracker):
     """Scalars in ``logs/<name>/{train,validation}``, as TensorBoard's own users expect them.
@@ -102,8 +112,10 @@ class TensorBoard(Tracker):
     Not Keras's callback: that one also wants a graph, a profile and a Keras training loop.
     """
 
-    def open(self) -> None:
+    def open(self, fresh: bool) -> None:
         """Opens one event file a side; TensorBoard joins those of one folder."""
+        if fresh:
+            shutil.rmtree(self.logs / self.name, ignore_errors=True)
         self._writers = {
             side: tf.summary.create_file_writer(str(self.logs / self.name / side))
             for side in ("train", "validation")
@@ -131,14 +143,14 @@ class WeightsAndBiases(Tracker):
         super().__init__(logs, name, config)
         self._wandb = _import("wandb", "wandb")
 
-    def open(self) -> None:
-        """Starts the run, or goes on with it under the id it had."""
+    def open(self, fresh: bool) -> None:
+        """Starts a run, or goes on with the last one under the id it had."""
         offline = os.environ.get("WANDB_MODE", "online") != "online"
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=self.name,
-                id=_remembered(self.logs / f".{self.name}.wandb", lambda: uuid.uuid4().hex),
+                id=self._remembered("wandb", fresh, lambda: uuid.uuid4().hex),
                 # Offline there is no server to ask; the id joins the parts when they are synced.
                 resume=None if offline else "allow",
                 dir=str(self.logs),
@@ -166,13 +178,13 @@ class MLflow(Tracker):
         super().__init__(logs, name, config)
         self._mlflow = _import("mlflow", "mlflow")
 
-    def open(self) -> None:
-        """Creates the run, or sets the one it had to running again."""
+    def open(self, fresh: bool) -> None:
+        """Creates a run, or sets the last one to running again."""
         store = f"sqlite:///{(self.logs / 'mlflow.db').resolve()}"
         uri = os.environ.get("MLFLOW_TRACKING_URI", store)
         try:
             self._client = self._mlflow.MlflowClient(tracking_uri=uri)
-            self._run_id = _remembered(self.logs / f".{self.name}.mlflow", self._create)
+            self._run_id = self._remembered("mlflow", fresh, self._create)
             self._client.update_run(self._run_id, status="RUNNING")
         except self._mlflow.exceptions.MlflowException as error:
             raise SetupError(
@@ -198,13 +210,6 @@ class MLflow(Tracker):
     def close(self) -> None:
         """Marks the run as finished."""
         self._client.set_terminated(self._run_id)
-
-
-def _remembered(path: Path, make: Any) -> str:
-    """The id in a small file, made and kept there the first time."""
-    if not path.exists():
-        path.write_text(make(), "utf-8")
-    return path.read_text("utf-8").strip()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
