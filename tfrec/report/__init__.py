@@ -1,0 +1,27 @@
+"""Report: what was measured, as one HTML page, as JSON, and as text for the terminal.
+
+The JSON is the whole report; the page and the text are drawn from it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tfrec.artifact import write_json
+from tfrec.report.page import page
+from tfrec.report.text import text_table
+
+__all__ = ["text_table", "write"]
+
+
+def write(tree: Mapping[str, Any], folder: Path) -> None:
+    """Writes report.json and report.html, which is one file that loads nothing from elsewhere.
+
+    Args:
+      tree: Plain finite values, as :mod:`tfrec.stages.evaluate` gathers them.
+      folder: Where to.
+    """
+    write_json(folder / "report.json", tree)
+    (folder / "report.html").write_text(page(tree), encoding="utf-8")

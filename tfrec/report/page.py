@@ -1,0 +1,287 @@
+"""Page: report.html, drawn from what report.json holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from tfrec.report.plots import COLOURS, figures
+from tfrec.report.style import CSS
+from tfrec.report.text import MEANING, interval_text, label, number, value_of
+
+Tree = Mapping[str, Any]
+
+_SUMMARY = (
+    "ndcg", "hr", "mrr", "coverage", "novelty", "diversity", "gini", "popularity", "tail_share"
+)  # fmt: skip
+_LESS_IS_MORE = ("gini", "popularity")
+
+
+def page(tree: Tree) -> str:
+    """The whole page as HTML text."""
+    drawn = figures(tree)
+    body = [
+        _header(tree),
+        _section("The models", _findings(tree) + _summary(tree) + _figure(drawn, "models")),
+        _section("Accuracy at every k", _figure(drawn, "by_k") + _every_k(tree)),
+        _section("Beyond accuracy", _beyond(drawn)),
+        _section("For whom, and for which items", _for_whom(drawn)),
+        _section("Predictions of the ranker", _predictions(tree, drawn)),
+        _section("Examples", _examples(tree)),
+        _section("Training", _training(tree, drawn)),
+        _section("The data", _data(tree)),
+        _section("How it was measured", _how(tree)),
+    ]
+    title = escape(f"{tree['name']}: evaluation")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def _header(tree: Tree) -> str:
+    k, models = tree["k"], tree["models"]
+    ours = [m for m in models if m["ours"]] or models
+    top = max(ours, key=lambda m: value_of(m, f"ndcg@{k}"))
+    protocol = tree["protocol"]
+    tiles = [
+        _tile(label(f"{name}@{k}"), number(name, value_of(top, f"{name}@{k}")), about)
+        for name, about in (
+            ("ndcg", top["name"]),
+            ("hr", "users with a hit"),
+            ("coverage", "of the catalog shown"),
+        )
+    ]
+    against = [c for c in tree["comparisons"] if c["role"] == "baseline" and c["ratio"]]
+    if against:
+        best = max(against, key=lambda c: c["difference"])
+        tiles.insert(1, _tile("against the best baseline", f"{best['ratio'] - 1:+.0%}", best["to"]))
+    tiles.append(
+        _tile("users", f"{protocol['users']:,}", f"{protocol['targets']:,} held-out events")
+    )
+    return (
+        f"<header><p class=over>tfrec {escape(tree['tfrec_version'])}, evaluation</p>"
+        f"<h1>{escape(tree['name'])}</h1>"
+        f"<p class=over>{escape(tree['created'])}, split {escape(protocol['split'])}, "
+        f"seed {tree['seed']}</p><div class=tiles>{''.join(tiles)}</div></header>"
+    )
+
+
+def _tile(name: str, value: str, about: str) -> str:
+    return (
+        f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b>"
+        f"<span>{escape(about)}</span></div>"
+    )
+
+
+def _findings(tree: Tree) -> str:
+    return "<ul class=findings>" + "".join(f"<li>{escape(f)}" for f in tree["findings"]) + "</ul>"
+
+
+def _summary(tree: Tree) -> str:
+    columns = [f"{name}@{tree['k']}" for name in _SUMMARY]
+    return _model_table(tree, columns) + _glossary(columns)
+
+
+def _model_table(tree: Tree, columns: Sequence[str]) -> str:
+    best = {}
+    for metric in columns:
+        values = [value_of(model, metric) for model in tree["models"]]
+        best[metric] = (min if metric.partition("@")[0] in _LESS_IS_MORE else max)(values)
+    rows = []
+    for model in tree["models"]:
+        cells = []
+        for metric in columns:
+            value = value_of(model, metric)
+            text = escape(number(metric, value))
+            if value == best[metric]:
+                text = f"<b>{text}</b>"
+            cells.append(f"{text}<small>{interval_text(model, metric)}</small>")
+        rows.append(([_model_name(model), *cells], "ours" if model["ours"] else ""))
+    return _table(["", *(label(m) for m in columns)], rows)
+
+
+def _model_name(model: Tree) -> str:
+    colour = COLOURS.get(model["key"], "gray")
+    return f'<i class=dot style="background:{colour}"></i>{escape(model["name"])}'
+
+
+def _glossary(columns: Sequence[str]) -> str:
+    names = dict.fromkeys(label(m).partition("@")[0] for m in columns)
+    items = "".join(f"<dt>{n}<dd>{escape(MEANING[n])}" for n in names if n in MEANING)
+    return f"<details><summary>What the columns mean</summary><dl>{items}</dl></details>"
+
+
+def _every_k(tree: Tree) -> str:
+    out = []
+    for k in tree["ks"]:
+        columns = [m for m in tree["models"][0]["metrics"] if m.endswith(f"@{k}")]
+        out.append(f"<h3>k = {k}</h3>" + _model_table(tree, [*columns, f"coverage@{k}"]))
+    meaning = _glossary(list(tree["models"][0]["metrics"]))
+    return f"<details><summary>Every metric at every k</summary>{''.join(out)}{meaning}</details>"
+
+
+def _beyond(drawn: Mapping[str, str]) -> str:
+    return _figure(drawn, "trade") + _figure(
+        drawn,
+        "exposure",
+        "Grey bars: where the events of the data are. A line above them at the right recommends "
+        "the popular more than people choose it.",
+    )
+
+
+def _for_whom(drawn: Mapping[str, str]) -> str:
+    return _figure(drawn, "history") + _figure(drawn, "target_popularity")
+
+
+def _predictions(tree: Tree, drawn: Mapping[str, str]) -> str:
+    told = tree["predictions"]
+    if not told:
+        return ""
+    classes = [
+        (
+            [
+                escape(task),
+                f"{t['events']:,}",
+                f"{t['positives']:,}",
+                _maybe(t["auc"]),
+                _maybe(t["log_loss"]),
+                _maybe(t["log_loss_of_the_rate"]),
+                _maybe(t["calibration_error"]),
+            ],
+            "",
+        )
+        for task, t in told.items()
+        if "auc" in t
+    ]
+    head = ["", "events", "positive", "AUC", "log-loss", "log-loss of the mean rate", "ECE"]
+    out = _table(head, classes) if classes else ""
+    for task, t in told.items():
+        if "rmse" in t:
+            cells = [escape(task), f"{t['events']:,}", _maybe(t["rmse"]), _maybe(t["mae"])]
+            head = ["", "events", "RMSE", "MAE", "RMSE of always the mean"]
+            out += _table(head, [([*cells, _maybe(t["rmse_of_the_mean"])], "")])
+    return out + _note(tree["predictions_note"]) + _figure(drawn, "calibration")
+
+
+def _examples(tree: Tree) -> str:
+    return "".join(_example(one) for one in tree["examples"])
+
+
+def _example(one: Tree) -> str:
+    history = "".join(f"<li>{_item(i)}" for i in one["history"])
+    more = one["history_length"] - len(one["history"])
+    before = f"<p class=note>the last of {one['history_length']}</p>" if more > 0 else ""
+    lists = "".join(
+        f"<div><h4>{escape(name)}</h4><ol>"
+        + "".join(f"<li{' class=hit' if i['hit'] else ''}>{_item(i)}" for i in items)
+        + "</ol></div>"
+        for name, items in one["lists"].items()
+    )
+    truth = ", ".join(_item(i) for i in one["targets"])
+    return (
+        f"<div class=example><h3>User {escape(one['user'])}</h3>"
+        f"<p>What came next: <b>{truth}</b></p><div class=columns>"
+        f"<div><h4>History, newest first</h4>{before}<ul>{history}</ul></div>{lists}</div></div>"
+    )
+
+
+def _item(item: Tree) -> str:
+    return f'<span title="{escape(item["id"])}">{escape(item["title"])}</span>'
+
+
+def _training(tree: Tree, drawn: Mapping[str, str]) -> str:
+    return _figure(drawn, "learning") + _settings(tree)
+
+
+def _settings(tree: Tree) -> str:
+    rows = []
+    for model in tree["models"]:
+        tried = ", ".join(
+            f"{_pairs({k: v for k, v in p.items() if k != 'ndcg@10'})}: {p['ndcg@10']:.4f}"
+            for p in model["tried"]
+        )
+        cells = [_model_name(model), escape(_pairs(model["settings"])), escape(tried)]
+        rows.append((cells, ""))
+    head = ["", "settings", "tried on validation: NDCG@10"]
+    return _table(head, rows, "prose") if any(m["settings"] for m in tree["models"]) else ""
+
+
+def _data(tree: Tree) -> str:
+    data = tree["data"]
+    rows = [(f"interactions {word}", data.get(key)) for word, key in _DATA_WORDS]
+    rows += [(f"dropped: {why}", count) for why, count in data.get("dropped", {}).items()]
+    rows += [(f"{what} events", count) for what, count in data.get("split", {}).items()]
+    for what in ("users", "items"):
+        rows += [
+            (what, data.get(what)),
+            (f"{what} without events", data.get(f"{what}_without_events")),
+        ]
+    if data.get("unknown_items"):
+        rows.append(("items not in the items file", data["unknown_items"]))
+    rows += [("first day", data.get("first")), ("last day", data.get("last"))]
+    rows += [(f"events: {name}", count) for name, count in data.get("events", {}).items()]
+    for what in ("item", "user"):
+        told = data.get(f"{what}_attributes") or {}
+        rows += [(f"{what} attribute {name}", kind) for name, kind in told.items()]
+    return _pairs_table((name, value) for name, value in rows if value is not None)
+
+
+_ABOUT = (("", ""), (" without events", "_without_events"))
+_DATA_WORDS = (("read", "rows"), ("kept", "interactions"))
+
+
+def _how(tree: Tree) -> str:
+    protocol = "".join(f"<li>{escape(line)}" for line in tree["protocol"]["notes"])
+    seconds = _pairs_table((name, f"{s:,.1f} s") for name, s in tree["seconds"].items())
+    config = escape(json.dumps(tree["config"], indent=2, ensure_ascii=False))
+    return (
+        f"<ul>{protocol}</ul><details><summary>Time it took</summary>{seconds}</details>"
+        f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
+    )
+
+
+def _figure(drawn: Mapping[str, str], name: str, caption: str = "") -> str:
+    if name not in drawn:
+        return ""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{drawn[name]}{below}</figure>"
+
+
+def _note(text: str) -> str:
+    return f"<p class=note>{escape(text)}</p>"
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], str]], kind: str = "") -> str:
+    top = "".join(f"<th>{escape(cell)}" for cell in head)
+    body = "".join(
+        f'<tr class="{css}">' + "".join(f"<td>{cell}" for cell in cells) for cells, css in rows
+    )
+    return f'<div class=wide><table class="{kind}"><thead><tr>{top}<tbody>{body}</table></div>'
+
+
+def _pairs_table(pairs: Iterable[tuple[str, Any]]) -> str:
+    rows = [([escape(name), escape(_plain(value))], "") for name, value in pairs]
+    return _table(["", ""], rows, "pairs")
+
+
+def _pairs(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value}"
+
+
+def _maybe(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,278 @@
+"""Plots: the report's figures as SVG that takes the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from tfrec.report.text import label, value_of
+
+Tree = Mapping[str, Any]
+
+# Stands for the page's text colour until the SVG is written.
+_INK = "#010203"
+_GRID = "#8a93a3"
+
+COLOURS = {
+    "ranking": "#2f6fed",
+    "retrieval": "#62b5e5",
+    "ease": "#e8912d",
+    "als": "#2fa37a",
+    "item_knn": "#a26bdc",
+    "popular": "#9aa3b2",
+}
+"""One colour for each model, in every figure, that is legible on white and on near-black."""
+
+_SEGMENT_TITLES = {"history": "length of history", "popularity": "popularity of the target"}
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _GRID,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+}
+
+
+def figures(tree: Tree) -> dict[str, str]:
+    """Every figure that the report has data for: name -> inline SVG."""
+    makers: dict[str, Callable[[Tree], Figure | None]] = {
+        "models": _models,
+        "by_k": _by_k,
+        "trade": _trade,
+        "learning": _learning,
+        "history": _history,
+        "target_popularity": _target_popularity,
+        "exposure": _exposure,
+        "calibration": _calibration,
+    }
+    out = {}
+    for name, make in makers.items():
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+            figure = make(tree)
+            if figure is not None:
+                out[name] = _svg(figure)
+    return out
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # The page gives the width; namespaces are not needed inside HTML.
+    head, body = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    return f'<svg {box.group() if box else ""} role="img">{body}'
+
+
+def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def _models(tree: Tree) -> Figure:
+    names = [f"{m}@{tree['k']}" for m in ("ndcg", "hr")]
+    models = tree["models"][::-1]
+    figure, axes = _figure(2, 10, 0.8 + 0.42 * len(models))
+    for axis, metric in zip(axes, names, strict=True):
+        axis.grid(visible=False, axis="y")
+        for place, model in enumerate(models):
+            estimate = model["metrics"][metric]
+            mean = estimate["mean"]
+            low, high = estimate.get("low", mean), estimate.get("high", mean)
+            axis.barh(place, mean, color=_colour(model), height=0.66)
+            if high > low:
+                axis.plot([low, high], [place, place], color=_INK, lw=1.4, solid_capstyle="butt")
+            axis.annotate(
+                f"{mean:.4f}",
+                (max(high, mean), place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axis.set_yticks(range(len(models)), [m["name"] for m in models])
+        axis.tick_params(axis="y", length=0)
+        axis.margins(x=0.16)
+        axis.set_xlim(left=0)
+        axis.set_title(label(metric))
+    axes[1].set_yticklabels([])
+    return figure
+
+
+def _by_k(tree: Tree) -> Figure | None:
+    if len(tree["ks"]) < 2:
+        return None
+    figure, axes = _figure(2, 10, 3.4)
+    for axis, name in zip(axes, ("ndcg", "recall"), strict=True):
+        for model in tree["models"]:
+            values = [model["metrics"][f"{name}@{k}"]["mean"] for k in tree["ks"]]
+            axis.plot(tree["ks"], values, "o-", ms=4, color=_colour(model), label=model["name"])
+        axis.set_xscale("log")
+        axis.set_xticks(tree["ks"], [str(k) for k in tree["ks"]])
+        axis.minorticks_off()
+        axis.set_xlabel("k, length of the list")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{label(name)} by k")
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def _trade(tree: Tree) -> Figure:
+    k = tree["k"]
+    figure, axes = _figure(2, 10, 3.2)
+    panels = [
+        (f"coverage@{k}", "Accuracy and coverage", "more of the catalog"),
+        (f"tail_share@{k}", "Accuracy and the long tail", "less of the popular"),
+    ]
+    for axis, (across, title, meaning) in zip(axes, panels, strict=True):
+        for model in tree["models"]:
+            x, y = value_of(model, across), value_of(model, f"ndcg@{k}")
+            axis.scatter(x, y, s=70, color=_colour(model), zorder=3)
+            axis.annotate(model["name"], (x, y), xytext=(7, 5), textcoords="offset points")
+        axis.set_xlabel(f"{label(across)}: {meaning} to the right")
+        axis.set_ylabel(label(f"ndcg@{k}"))
+        axis.margins(0.2)
+        axis.set_ylim(bottom=0)
+        axis.set_title(title)
+    return figure
+
+
+def _learning(tree: Tree) -> Figure | None:
+    curves = {task: history for task, history in tree["learning"].items() if history}
+    if not curves:
+        return None
+    figure, axes = _figure(len(curves), 5 * len(curves), 3.2)
+    for axis, (task, history) in zip(axes, curves.items(), strict=True):
+        loss, ndcg = _points(history, "loss"), _points(history, "ndcg@10")
+        axis.plot(*loss, color=_GRID)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("training loss (grey)")
+        axis.set_title(f"Training of {task}")
+        if ndcg[0]:
+            _validation(axis.twinx(), *ndcg, COLOURS.get(task, _INK))
+    return figure
+
+
+def _points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in history if row.get(key) is not None]
+    return [row["epoch"] for row in rows], [row[key] for row in rows]
+
+
+def _validation(axis: Any, epochs: Sequence[float], values: Sequence[float], colour: str) -> None:
+    axis.plot(epochs, values, "o-", ms=4, color=colour)
+    axis.set_ylabel("validation NDCG@10", color=colour)
+    axis.spines["right"].set_visible(True)
+    best = max(values)
+    epoch = epochs[values.index(best)]
+    axis.axhline(best, color=colour, lw=0.8, ls=":")
+    axis.annotate(
+        f"best {best:.4f} at epoch {epoch:g}",
+        (epochs[len(epochs) // 2], best),
+        xytext=(0, -12),
+        textcoords="offset points",
+        ha="center",
+        color=colour,
+    )
+
+
+def _history(tree: Tree) -> Figure:
+    return _segments(tree, "history", "events in the user's history", "users")
+
+
+def _target_popularity(tree: Tree) -> Figure:
+    across = "tenth of the items that the held-out one is in, 10 the most popular"
+    return _segments(tree, "popularity", across, "held-out items")
+
+
+def _segments(tree: Tree, which: str, across: str, what: str) -> Figure:
+    metric = f"ndcg@{tree['k']}"
+    figure, axes = _figure(1, 7.6, 3.6)
+    rows = tree["models"][0]["segments"][which]
+    for model in tree["models"]:
+        values = [row[metric] for row in model["segments"][which]]
+        axes[0].plot(values, "o-", ms=4, color=_colour(model), label=model["name"])
+    names = [f"{row['segment']}\n{row['count']:,}" for row in rows]
+    axes[0].set_xticks(range(len(rows)), names)
+    axes[0].set_xlabel(f"{across} (small: how many {what})")
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_title(f"{label(metric)} by {_SEGMENT_TITLES[which]}")
+    axes[0].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _exposure(tree: Tree) -> Figure:
+    figure, axes = _figure(1, 7.6, 3.6)
+    tenths = range(1, 11)
+    axes[0].bar(
+        tenths, tree["popularity"]["history"], color=_GRID, alpha=0.35, label="events in the data"
+    )
+    axes[0].plot(
+        tenths, tree["popularity"]["targets"], "_", ms=22, color=_INK, label="held-out events"
+    )
+    for model in tree["models"]:
+        axes[0].plot(
+            tenths, model["exposure"], "o-", ms=4, color=_colour(model), label=model["name"]
+        )
+    axes[0].set_xticks(list(tenths))
+    axes[0].set_xlabel("tenth of the items by popularity, 10 the most popular")
+    axes[0].set_ylabel("share")
+    axes[0].set_title(f"What is recommended (first {tree['k']}) and what is in the data")
+    axes[0].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _calibration(tree: Tree) -> Figure | None:
+    tasks = {t: p for t, p in tree["predictions"].items() if p.get("reliability")}
+    if not tasks:
+        return None
+    figure, axes = _figure(len(tasks), 4.2 * len(tasks), 3.6)
+    for axis, (task, told) in zip(axes, tasks.items(), strict=True):
+        table: Sequence[Mapping[str, float]] = told["reliability"]
+        axis.plot([0, 1], [0, 1], ls=":", color=_GRID)
+        axis.plot(
+            [row["predicted"] for row in table],
+            [row["observed"] for row in table],
+            "-",
+            color=COLOURS["ranking"],
+        )
+        most = max(row["count"] for row in table)
+        axis.scatter(
+            [row["predicted"] for row in table],
+            [row["observed"] for row in table],
+            s=[12 + 120 * row["count"] / most for row in table],
+            color=COLOURS["ranking"],
+        )
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("predicted probability")
+        axis.set_ylabel("observed share")
+        axis.set_title(f"Calibration of {task}")
+    return figure
+
+
+def _colour(model: Mapping[str, Any]) -> str:
+    return COLOURS.get(model["key"], _GRID)
