@@ -111,7 +111,7 @@ class TrainingConfig(Section):
 
     epochs: int = Field(60, ge=1, le=100_000, description="passes over the training events")
     batch_size: int = Field(64, ge=1, description="rows of a global batch")
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
     warmup_steps: int = Field(100, ge=0, description="steps of linear learning-rate warm-up")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rate after the warm-up"
@@ -160,6 +160,7 @@ class RankingConfig(TrainingConfig):
 
     epochs: int = Field(3, ge=1, le=100_000)
     batch_size: int = Field(512, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
     validate_every: int = Field(1, ge=1)
     patience: int = Field(2, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)

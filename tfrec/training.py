@@ -25,6 +25,7 @@ from tfrec.errors import TfrecError
 from tfrec.models.keras_bridge import tf, tf_keras
 
 GOAL = "ndcg@10"
+SHAPES = ("constant", "linear", "cosine")
 
 Metrics = dict[str, float]
 
@@ -67,59 +68,145 @@ class Progress:
     checkpoint: str = ""
 
 
-def optimizer(config: TrainingConfig, steps: int) -> Any:
-    """AdamW with warm-up, schedule, clipping and moving average of the weights.
-
-    Args:
-      config: The training settings.
-      steps: Updates of the whole training, for the schedules that end.
-
-    Returns:
-      A tf_keras optimizer; with mixed_float16 one that scales the loss.
-    """
-    made = tf_keras.optimizers.AdamW(
-        learning_rate=Schedule(
-            config.learning_rate, min(config.warmup_steps, steps), steps, config.schedule
-        ),
-        weight_decay=config.weight_decay,
-        beta_2=0.98,
-        global_clipnorm=config.clip_norm or None,
-        use_ema=config.ema > 0,
-        ema_momentum=config.ema or 0.99,
-        ema_overwrite_frequency=None,
-        jit_compile=False,
-    )
-    if config.precision == "mixed_float16":
-        return tf_keras.mixed_precision.LossScaleOptimizer(made)
-    return made
-
-
 class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then constant, or down to zero at ``steps`` by a line or a half cosine."""
+    """Linear warm-up, then constant, or down to zero at ``steps`` by a line or a half cosine.
 
-    def __init__(self, peak: float, warmup: int, steps: int, shape: str) -> None:
-        self.peak, self.warmup, self.steps, self.shape = peak, warmup, steps, shape
+    Its numbers are variables, so that one compiled training step serves several schedules.
+    """
+
+    def __init__(
+        self, peak: float, warmup: int = 1, steps: int = 1, shape: str = SHAPES[0]
+    ) -> None:
+        self.peak = peak
+        self._warmup, self._steps, self._shape = (
+            tf.Variable(0.0, trainable=False, name=name) for name in ("warmup", "steps", "shape")
+        )
+        self.follow(warmup, steps, shape)
+
+    def follow(self, warmup: int, steps: int, shape: str) -> None:
+        """Takes another course, counted in updates from 0."""
+        self._warmup.assign(float(max(min(warmup, steps), 1)))
+        self._steps.assign(float(steps))
+        self._shape.assign(float(SHAPES.index(shape)))
 
     def __call__(self, step: Any) -> Any:
         """Learning rate of an update, counted from 0."""
         now = tf.cast(step, tf.float32)
-        rise = tf.minimum((now + 1) / max(self.warmup, 1), 1.0)
-        done = tf.clip_by_value((now - self.warmup) / max(self.steps - self.warmup, 1), 0.0, 1.0)
-        falls = {
-            "constant": lambda: 1.0,
-            "linear": lambda: 1 - done,
-            "cosine": lambda: 0.5 * (1 + tf.cos(math.pi * done)),
-        }
-        return self.peak * rise * falls[self.shape]()
+        rise = tf.minimum((now + 1) / self._warmup, 1.0)
+        span = tf.maximum(self._steps - self._warmup, 1.0)
+        done = tf.clip_by_value((now - self._warmup) / span, 0.0, 1.0)
+        falls = tf.stack([tf.ones_like(done), 1 - done, 0.5 * (1 + tf.cos(math.pi * done))])
+        return self.peak * rise * tf.gather(falls, tf.cast(self._shape, tf.int32))
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             "peak": self.peak,
-            "warmup": self.warmup,
-            "steps": self.steps,
-            "shape": self.shape,
+            "warmup": int(self._warmup.numpy()),
+            "steps": int(self._steps.numpy()),
+            "shape": SHAPES[int(self._shape.numpy())],
         }
+
+
+class Trainer:
+    """A model with its optimizer, compiled once for any number of fits.
+
+    The optimizer is AdamW with warm-up, schedule, clipping and a moving average of the weights;
+    with mixed_float16 it scales the loss.
+
+    Args:
+      model: A tf_keras model made under the placement's strategy, all weights built.
+      config: How it is trained.
+      placement: Where it runs.
+    """
+
+    def __init__(self, model: Any, config: TrainingConfig, placement: Placement) -> None:
+        self.model, self.config, self.placement = model, config, placement
+        with placement.strategy.scope():
+            self.schedule = Schedule(config.learning_rate)
+            self.optimizer = tf_keras.optimizers.AdamW(
+                learning_rate=self.schedule,
+                weight_decay=config.weight_decay,
+                beta_2=0.98,
+                global_clipnorm=config.clip_norm or None,
+                use_ema=config.ema > 0,
+                ema_momentum=config.ema or 0.99,
+                ema_overwrite_frequency=None,
+                jit_compile=False,
+            )
+            outer = self.optimizer
+            if config.precision == "mixed_float16":
+                outer = tf_keras.mixed_precision.LossScaleOptimizer(outer)
+            model.compile(optimizer=outer, jit_compile=config.jit_compile and placement.compiles)
+            self.optimizer.build(model.trainable_variables)
+        self._fresh = [v.numpy() for v in self.optimizer.variables]
+        self._used = False
+
+    def fit(
+        self,
+        batches: Batches,
+        *,
+        work_dir: Path,
+        title: str,
+        epochs: int | None = None,
+        schedule: str | None = None,
+        warmup: int | None = None,
+        validate: Callable[[], Metrics] | None = None,
+        averaged: bool = True,
+        callbacks: Sequence[Any] = (),
+    ) -> Progress:
+        """Trains the model and leaves it with the weights of its best validation.
+
+        Without ``validate`` the weights at the end are kept.
+
+        Args:
+          batches: What it is trained on.
+          work_dir: Where checkpoints are; a finished training found there is not repeated.
+          title: What the progress bar says.
+          epochs: Instead of the configured ones.
+          schedule: Instead of the configured one.
+          warmup: Steps, instead of the configured ones.
+          validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
+          averaged: Whether it is the moving average of the weights, if there is one, that is
+            validated and kept.
+          callbacks: Further tf_keras callbacks, for tracking; they see the metrics as logs.
+
+        Returns:
+          The state at the end, with a record of every epoch.
+
+        Raises:
+          TrainingDivergedError: the loss became NaN or infinite.
+        """
+        config, steps = self.config, batches.steps_per_epoch
+        epochs = epochs or config.epochs
+        self._start_afresh()
+        self.schedule.follow(
+            config.warmup_steps if warmup is None else warmup,
+            epochs * steps,
+            schedule or config.schedule,
+        )
+        averaged = averaged and config.ema > 0
+        keeper = _Keeper(self.model, self.optimizer, config, work_dir, self.placement, averaged)
+        state = keeper.resume()
+        over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
+        if not over:
+            self.model.fit(
+                _distributed(batches, self.placement, state.epoch),
+                initial_epoch=state.epoch,
+                epochs=epochs,
+                steps_per_epoch=steps,
+                callbacks=[_Loop(state, keeper, epochs, steps, title, validate), *callbacks],
+                verbose=0,
+            )
+        keeper.restore_best(validate is not None)
+        return state
+
+    def _start_afresh(self) -> None:
+        """Gives the optimizer the state of its first step; the model keeps its weights."""
+        if self._used:
+            for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
+                variable.assign(value)
+        self._used = True
 
 
 def fit(
@@ -127,57 +214,11 @@ def fit(
     batches: Batches,
     config: TrainingConfig,
     *,
-    work_dir: Path,
-    title: str,
     placement: Placement,
-    epochs: int | None = None,
-    validate: Callable[[], Metrics] | None = None,
-    callbacks: Sequence[Any] = (),
+    **settings: Any,
 ) -> Progress:
-    """Trains ``model`` and leaves it with the weights of its best validation.
-
-    Without ``validate`` the weights at the end are kept. With a moving average, it is the averaged
-    weights that are validated and kept.
-
-    Args:
-      model: A tf_keras model made under the placement's strategy, all weights built.
-      batches: What it is trained on.
-      config: How.
-      work_dir: Where checkpoints are; a finished training found there is not repeated.
-      title: What the progress bar says.
-      placement: Where it runs.
-      epochs: Instead of ``config.epochs``.
-      validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
-      callbacks: Further tf_keras callbacks, for tracking; they see the metrics as logs.
-
-    Returns:
-      The state at the end, with a record of every epoch.
-
-    Raises:
-      TrainingDivergedError: the loss became NaN or infinite.
-    """
-    epochs = epochs or config.epochs
-    steps = batches.steps_per_epoch
-    with placement.strategy.scope():
-        made = optimizer(config, epochs * steps)
-        model.compile(optimizer=made, jit_compile=config.jit_compile and placement.compiles)
-        inner = getattr(made, "inner_optimizer", made)
-        inner.build(model.trainable_variables)
-    keeper = _Keeper(model, inner, config, work_dir, placement)
-    state = keeper.resume()
-    over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
-    if not over:
-        loop = _Loop(state, keeper, config, epochs, steps, title, validate)
-        model.fit(
-            _distributed(batches, placement, state.epoch),
-            initial_epoch=state.epoch,
-            epochs=epochs,
-            steps_per_epoch=steps,
-            callbacks=[loop, *callbacks],
-            verbose=0,
-        )
-    keeper.restore_best(state, averaged=validate is None)
-    return state
+    """One fit of a model: :meth:`Trainer.fit`, which says what the settings are."""
+    return Trainer(model, config, placement).fit(batches, **settings)
 
 
 def _distributed(batches: Batches, placement: Placement, first_epoch: int) -> Any:
@@ -192,14 +233,21 @@ class _Keeper:
     """Writes and reads what a training needs to go on."""
 
     def __init__(
-        self, model: Any, inner: Any, config: TrainingConfig, work_dir: Path, placement: Placement
+        self,
+        model: Any,
+        optimizer: Any,
+        config: TrainingConfig,
+        work_dir: Path,
+        placement: Placement,
+        averaged: bool,
     ) -> None:
-        self.model, self.inner, self.config = model, inner, config
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.average = averaged
         # Every worker has to write; only the chief's files are kept in the end.
         self.folder = work_dir if placement.chief else work_dir / f"worker-{placement.worker}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state_file = self.folder / "state.json"
-        self.everything = tf.train.Checkpoint(model=model, optimizer=inner)
+        self.everything = tf.train.Checkpoint(model=model, optimizer=optimizer)
         self.weights = tf.train.Checkpoint(model=model)
         self.last_saved = time.monotonic()
 
@@ -226,27 +274,27 @@ class _Keeper:
     def save_best(self) -> None:
         self.weights.write(str(self.folder / "best"))
 
-    def restore_best(self, state: Progress, averaged: bool) -> None:
-        if (self.folder / "best.index").exists():
+    def restore_best(self, validated: bool) -> None:
+        if validated:
             self.weights.read(str(self.folder / "best")).expect_partial()
-        elif averaged and self.config.ema:
-            self.inner.finalize_variable_values(self.model.trainable_variables)
+        elif self.average:
+            self.optimizer.finalize_variable_values(self.model.trainable_variables)
 
     def averaged(self) -> _Averaged:
-        return _Averaged(self.model, self.inner, self.config.ema > 0)
+        return _Averaged(self.model, self.optimizer, self.average)
 
 
 class _Averaged:
     """Within the block the model has the moving average of its weights."""
 
-    def __init__(self, model: Any, inner: Any, active: bool) -> None:
-        self.model, self.inner, self.active = model, inner, active
+    def __init__(self, model: Any, optimizer: Any, active: bool) -> None:
+        self.model, self.optimizer, self.active = model, optimizer, active
         self.kept: list[Any] = []
 
     def __enter__(self) -> None:
         if self.active:
             self.kept = [v.numpy() for v in self.model.trainable_variables]
-            self.inner.finalize_variable_values(self.model.trainable_variables)
+            self.optimizer.finalize_variable_values(self.model.trainable_variables)
 
     def __exit__(self, *_: object) -> None:
         for variable, value in zip(self.model.trainable_variables, self.kept, strict=False):
@@ -260,14 +308,13 @@ class _Loop(tf_keras.callbacks.Callback):
         self,
         state: Progress,
         keeper: _Keeper,
-        config: TrainingConfig,
         epochs: int,
         steps: int,
         title: str,
         validate: Callable[[], Metrics] | None,
     ) -> None:
         super().__init__()
-        self.state, self.keeper, self.config = state, keeper, config
+        self.state, self.keeper, self.config = state, keeper, keeper.config
         self.epochs, self.steps, self.title, self.validate = epochs, steps, title, validate
         self.bar: Any = None
         self.began = 0.0

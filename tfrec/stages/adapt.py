@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
 from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
-from tfrec.config import AdaptConfig, Config, RankingConfig, RetrievalConfig, TrainingConfig
+from tfrec.config import AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.catalog import Table
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, VALID
@@ -54,7 +54,7 @@ from tfrec.recommender import (
     scalars,
 )
 from tfrec.tracking import callbacks
-from tfrec.training import Metrics, Progress, discard, fit
+from tfrec.training import Metrics, Progress, Trainer, discard
 
 Task = Literal["retrieval", "ranking"]
 
@@ -195,6 +195,7 @@ class _Retrieval:
                 popularity=(share / share.sum()).astype(np.float32),
                 encoder=encoder if self.tokens is not None else None,
             )
+        self.trainer = Trainer(self.model, config, placement)
         self.card = RetrievalCard(
             text_width=self.text.shape[1],
             attributes_width=dataset.catalog.features.shape[1],
@@ -208,13 +209,10 @@ class _Retrieval:
     def select(self) -> Progress:
         """Trains on the training events; the validation events choose the epoch."""
         held_out = (self.job.dataset.interactions.split == VALID).any()
-        state = fit(
-            self.model,
+        state = self.trainer.fit(
             self._batches("select"),
-            self.config,
             work_dir=self.job.work / "select",
             title="retrieval",
-            placement=self.placement,
             validate=self._validate if held_out else None,
             callbacks=self.job.trackers("retrieval"),
         )
@@ -226,14 +224,14 @@ class _Retrieval:
         for variable, value in zip(self.model.trainable_variables, self._chosen, strict=True):
             variable.assign(value)
         batches = self._batches(cut)
-        fit(
-            self.model,
+        self.trainer.fit(
             batches,
-            refit_config(self.config, batches.steps_per_epoch),
             work_dir=self.job.work / cut,
-            title=f"retrieval, refit with {'all' if cut == 'final' else 'validation'} events",
-            placement=self.placement,
+            title=f"retrieval, with {'all' if cut == 'final' else 'validation'} events",
             epochs=self.job.adapt.refit_epochs,
+            schedule="cosine",
+            warmup=batches.steps_per_epoch // 2,
+            averaged=False,
         )
 
     def write(self, folder: Path, cut: str) -> None:
@@ -294,12 +292,6 @@ class _Retrieval:
     def _times(self, users: Rows) -> NDArray[np.int64]:
         valid = self.job.dataset.interactions.part(VALID)
         return valid.timestamp[valid.offsets[:-1][users]]
-
-
-def refit_config(config: TrainingConfig, steps: int) -> TrainingConfig:
-    """A short training from good weights: a quick warm-up, then down to zero."""
-    changes = {"schedule": "cosine", "warmup_steps": steps // 2, "ema": 0.0, "patience": 0}
-    return config.model_copy(update=changes)
 
 
 def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64]]:
@@ -456,13 +448,10 @@ def _train_ranker(
     with placement.strategy.scope():
         ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
     ranker.adapt_scalars(batches.sample_scalars())
-    state = fit(
-        ranker,
+    state = Trainer(ranker, config, placement).fit(
         batches,
-        config,
         work_dir=job.work / "select",
         title="ranking",
-        placement=placement,
         callbacks=job.trackers("ranking"),
     )
     return ranker, sizes, state
