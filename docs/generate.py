@@ -1,7 +1,10 @@
 """Writes the pages of docs/ that are made from the code: `make docs`; `--check` only compares."""
 
 import argparse
+import ast
+import configparser
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -21,7 +24,44 @@ BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def pages() -> dict[Path, str]:
     """File -> its whole text."""
     made = {"configuration.md": configuration(), "commands.md": commands()}
-    return {DOCS / name: f"{MADE}\n\n{chr(10).join(lines)}\n" for name, lines in made.items()}
+    whole = {DOCS / name: f"{MADE}\n\n{chr(10).join(lines)}\n" for name, lines in made.items()}
+    architecture = DOCS / "architecture.md"
+    between = re.compile(r"(<!-- rooms:.*? -->\n).*?(<!-- /rooms -->)", re.S)
+    listing = "\n".join(["", *rooms(), "", ""])
+    text = architecture.read_text("utf-8")
+    return whole | {architecture: between.sub(rf"\g<1>{listing}\g<2>", text)}
+
+
+def rooms() -> Iterator[str]:
+    """A table of every module, in the order of the layers."""
+    yield "| row | room | |"
+    yield "|---|---|---|"
+    contracts = configparser.ConfigParser()
+    contracts.read(DOCS.parent / "setup.cfg")
+    layers = contracts["importlinter:contract:layers"]["layers"].split("\n")
+    number = 0
+    for layer in filter(None, layers):
+        found = [_modules(name.strip(" ()")) for name in re.split(r"[|:]", layer)]
+        number += any(found)
+        for module, about in (entry for entries in found for entry in entries):
+            yield _row(str(number), f"`{module}`", about)
+
+
+def _modules(name: str) -> list[tuple[str, str]]:
+    """Path in tfrec/ -> the first line of its docstring, for a module or every one of a package."""
+    root = DOCS.parent / "tfrec"
+    place = root / name.removeprefix("tfrec.").replace(".", "/")
+    paths = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    return [
+        (str(path.relative_to(root)), _about(path))
+        for path in paths
+        if path.exists() and path.name != "__init__.py"
+    ]
+
+
+def _about(path: Path) -> str:
+    doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    return " ".join(doc.split("\n\n")[0].split())
 
 
 def configuration() -> Iterator[str]:
