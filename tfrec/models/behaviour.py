@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import tf, tf_keras
 
 
@@ -47,7 +48,8 @@ class BehaviourEncoder(tf_keras.layers.Layer):
         }
         self.causal = causal
         self.blocks = [
-            TransformerBlock(width, length, heads, dropout, name=f"block_{i}") for i in range(layers)
+            TransformerBlock(width, length, heads, dropout, name=f"block_{i}")
+            for i in range(layers)
         ]
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="norm")
 
@@ -85,9 +87,7 @@ def attention_mask(segment: Any, causal: bool) -> Any:
 class TransformerBlock(tf_keras.layers.Layer):
     """Pre-norm self-attention and feed-forward, each with a residual connection."""
 
-    def __init__(
-        self, width: int, length: int, heads: int, dropout: float, **kwargs: Any
-    ) -> None:
+    def __init__(self, width: int, length: int, heads: int, dropout: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width, self.heads, self.rate = width, heads, dropout
         self.attention_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6)
@@ -96,7 +96,7 @@ class TransformerBlock(tf_keras.layers.Layer):
         self.feed_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6)
         self.expand = tf_keras.layers.Dense(4 * width, name="expand")
         self.contract = tf_keras.layers.Dense(width, name="contract")
-        self.dropout = tf_keras.layers.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.bias = self.add_weight(name="bias", shape=(heads, length), initializer="zeros")
 
     def call(self, inputs: Any, mask: Any, training: bool | None = None) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
+from tfrec.models.dropout import drawing
 from tfrec.models.keras_bridge import tf, tf_keras, tfrs
 
 
@@ -27,6 +29,7 @@ class TaskModel(tfrs.Model):
     def __init__(self, accumulate: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.accumulate = accumulate
+        self._seed = random.getrandbits(31)  # Python's generator: `set_seed` decides it.
         self.loss_mean = tf_keras.metrics.Mean(name="loss")
 
     @property
@@ -54,15 +57,19 @@ class TaskModel(tfrs.Model):
         total, sums = tf.constant(0.0), [tf.zeros_like(v) for v in self.trainable_variables]
         rows = inputs[self.row_key].shape[0]
         for piece in range(self.accumulate):
-            loss, gradients = self._piece_gradients(_piece(inputs, rows, piece, self.accumulate))
+            loss, gradients = self._piece_gradients(
+                _piece(inputs, rows, piece, self.accumulate), piece
+            )
             total += loss
             sums = [a + b for a, b in zip(sums, gradients, strict=True)]
         return total, sums
 
-    def _piece_gradients(self, inputs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    def _piece_gradients(self, inputs: Mapping[str, Any], piece: int = 0) -> tuple[Any, list[Any]]:
         variables = self.trainable_variables
         scaling = hasattr(self.optimizer, "get_scaled_loss")
-        with tf.GradientTape() as tape:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        step = drawing(self._seed, self.optimizer.iterations, replica, piece)
+        with step, tf.GradientTape() as tape:
             loss = tf.cast(self.compute_loss(inputs, training=True), tf.float32)
             goal = self.optimizer.get_scaled_loss(loss) if scaling else loss
         gradients = tape.gradient(goal, variables, unconnected_gradients="zero")

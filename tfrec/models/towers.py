@@ -7,6 +7,7 @@ from typing import Any
 
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
 from tfrec.models.behaviour import BehaviourEncoder
+from tfrec.models.dropout import Dropout, keep_mask
 from tfrec.models.keras_bridge import tf, tf_keras
 
 
@@ -86,7 +87,7 @@ class CandidateTower(tf_keras.layers.Layer):
         ids = table if rows is None else tf.gather(table, rows)
         keep = known > 0
         if training and self.id_dropout:
-            keep = tf.logical_and(keep, tf.random.uniform([count]) >= self.id_dropout)
+            keep = tf.logical_and(keep, keep_mask([count], self.id_dropout))
         return vector + ids * tf.cast(keep, ids.dtype)[:, None]
 
     def get_config(self) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class QueryTower(tf_keras.layers.Layer):
         self.attributes = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="attributes"
         )
-        self.dropout = tf_keras.layers.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.encoder = BehaviourEncoder(
             embedding_dim, length, layers=layers, heads=heads, dropout=dropout, name="encoder"
         )
