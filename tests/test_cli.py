@@ -163,7 +163,7 @@ class TestStages:
         def record(name):
             def run(config, out, *rest, force=False):
                 calls.append((name, config, out, rest, force))
-                return types.SimpleNamespace(path=out / name)
+                return types.SimpleNamespace(path=out / name, kind="report")
 
             return run
 
@@ -174,7 +174,8 @@ class TestStages:
             for name in names:
                 module = types.ModuleType(f"{package}.{name}")
                 module.run = record(name)
-                module.summary_lines = lambda found: []
+                module.summary_lines = lambda found: ["a summary"]
+                module.summary = lambda found: "a summary"
                 monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
                 monkeypatch.setattr(sys.modules[package], name, module, raising=False)
         return calls
@@ -196,7 +197,9 @@ class TestStages:
         assert (called, given, force) == (name, rest, False)
         assert out == Path("saved_models/movielens-100k")
         assert config.data.source == "movielens-100k"
-        assert capsys.readouterr().out.rstrip().endswith(printed)
+        printed_lines = capsys.readouterr().out.splitlines()
+        assert printed_lines[-1].endswith(printed)
+        assert printed_lines[:-1] == ([] if name == "adapt" else ["a summary"])
 
     def test_options_reach_the_configuration(self, calls, tmp_path):
         line = "run files --set adapt.epochs=7 --set evaluate.k=[3,4] --seed 5 --data-dir 1e3"

@@ -216,8 +216,11 @@ def _config(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def _run(arguments: argparse.Namespace) -> int:
     config, out = _config(arguments)
     from tfrec import pipeline
+    from tfrec.stages import evaluate
 
-    pipeline.run(config, out, force=arguments.force)
+    last = pipeline.run(config, out, force=arguments.force)
+    if last.kind == "report":
+        print(evaluate.summary(last))
     return _made(out)
 
 
@@ -241,7 +244,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config, out = _config(arguments)
     from tfrec.stages import evaluate
 
-    return _made(evaluate.run(config, out, force=arguments.force).path)
+    report = evaluate.run(config, out, force=arguments.force)
+    print(evaluate.summary(report))
+    return _made(report.path)
 
 
 def _made(path: Path) -> int:
