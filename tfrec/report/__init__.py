@@ -5,6 +5,7 @@ The JSON is the whole report; the page and the text are drawn from it alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,5 +24,6 @@ def write(tree: Mapping[str, Any], folder: Path) -> None:
       tree: Plain finite values, as :mod:`tfrec.stages.evaluate` gathers them.
       folder: Where to.
     """
-    write_json(folder / "report.json", tree)
-    (folder / "report.html").write_text(page(tree), encoding="utf-8")
+    path = folder / "report.json"
+    write_json(path, tree)
+    (folder / "report.html").write_text(page(json.loads(path.read_text("utf-8"))), "utf-8")

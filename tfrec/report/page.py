@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tfrec.report.plots import COLOURS, figures
+from tfrec.metrics import RANKING
+from tfrec.report.plots import COLOURS, FEW, figures
 from tfrec.report.style import CSS
-from tfrec.report.text import MEANING, interval_text, label, number, value_of
+from tfrec.report.text import MEANING, in_order, interval_text, label, number, value_of
 
 Tree = Mapping[str, Any]
 
 _SUMMARY = (
     "ndcg", "hr", "mrr", "coverage", "novelty", "diversity", "gini", "popularity", "tail_share"
 )  # fmt: skip
-_LESS_IS_MORE = ("gini", "popularity")
 
 
 def page(tree: Tree) -> str:
@@ -72,8 +72,9 @@ def _header(tree: Tree) -> str:
     return (
         f"<header><p class=over>tfrec {escape(tree['tfrec_version'])}, evaluation</p>"
         f"<h1>{escape(tree['name'])}</h1>"
-        f"<p class=over>{escape(tree['created'])}, split {escape(protocol['split'])}, "
-        f"seed {tree['seed']}</p><div class=tiles>{''.join(tiles)}</div></header>"
+        f"<p class=over>{escape(tree['created'][:16].replace('T', ' '))} UTC, "
+        f"split {escape(protocol['split'])}, seed {tree['seed']}</p>"
+        f"<div class=tiles>{''.join(tiles)}</div></header>"
     )
 
 
@@ -94,17 +95,18 @@ def _summary(tree: Tree) -> str:
 
 
 def _model_table(tree: Tree, columns: Sequence[str]) -> str:
-    best = {}
-    for metric in columns:
-        values = [value_of(model, metric) for model in tree["models"]]
-        best[metric] = (min if metric.partition("@")[0] in _LESS_IS_MORE else max)(values)
+    best = {
+        metric: max(value_of(model, metric) for model in tree["models"])
+        for metric in columns
+        if metric in tree["models"][0]["metrics"]
+    }
     rows = []
     for model in tree["models"]:
         cells = []
         for metric in columns:
             value = value_of(model, metric)
             text = escape(number(metric, value))
-            if value == best[metric]:
+            if value == best.get(metric):
                 text = f"<b>{text}</b>"
             cells.append(f"{text}<small>{interval_text(model, metric)}</small>")
         rows.append(([_model_name(model), *cells], "ours" if model["ours"] else ""))
@@ -125,9 +127,9 @@ def _glossary(columns: Sequence[str]) -> str:
 def _every_k(tree: Tree) -> str:
     out = []
     for k in tree["ks"]:
-        columns = [m for m in tree["models"][0]["metrics"] if m.endswith(f"@{k}")]
+        columns = [f"{name}@{k}" for name in RANKING]
         out.append(f"<h3>k = {k}</h3>" + _model_table(tree, [*columns, f"coverage@{k}"]))
-    meaning = _glossary(list(tree["models"][0]["metrics"]))
+    meaning = _glossary(RANKING)
     return f"<details><summary>Every metric at every k</summary>{''.join(out)}{meaning}</details>"
 
 
@@ -141,11 +143,13 @@ def _beyond(drawn: Mapping[str, str]) -> str:
 
 
 def _for_whom(drawn: Mapping[str, str]) -> str:
-    return _figure(drawn, "history") + _figure(drawn, "target_popularity")
+    return _figure(drawn, "history") + _figure(
+        drawn, "target_popularity", f"Segments of fewer than {FEW} are not drawn."
+    )
 
 
 def _predictions(tree: Tree, drawn: Mapping[str, str]) -> str:
-    told = tree["predictions"]
+    told = in_order(tree["predictions"])
     if not told:
         return ""
     classes = [
@@ -161,16 +165,16 @@ def _predictions(tree: Tree, drawn: Mapping[str, str]) -> str:
             ],
             "",
         )
-        for task, t in told.items()
+        for task, t in told
         if "auc" in t
     ]
     head = ["", "events", "positive", "AUC", "log-loss", "log-loss of the mean rate", "ECE"]
-    out = _table(head, classes) if classes else ""
-    for task, t in told.items():
+    out = _table(head, classes, "narrow") if classes else ""
+    for task, t in told:
         if "rmse" in t:
             cells = [escape(task), f"{t['events']:,}", _maybe(t["rmse"]), _maybe(t["mae"])]
             head = ["", "events", "RMSE", "MAE", "RMSE of always the mean"]
-            out += _table(head, [([*cells, _maybe(t["rmse_of_the_mean"])], "")])
+            out += _table(head, [([*cells, _maybe(t["rmse_of_the_mean"])], "")], "narrow")
     return out + _note(tree["predictions_note"]) + _figure(drawn, "calibration")
 
 
@@ -183,10 +187,10 @@ def _example(one: Tree) -> str:
     more = one["history_length"] - len(one["history"])
     before = f"<p class=note>the last of {one['history_length']}</p>" if more > 0 else ""
     lists = "".join(
-        f"<div><h4>{escape(name)}</h4><ol>"
-        + "".join(f"<li{' class=hit' if i['hit'] else ''}>{_item(i)}" for i in items)
+        f"<div><h4>{escape(shown['name'])}</h4><ol>"
+        + "".join(f"<li{' class=hit' if i['hit'] else ''}>{_item(i)}" for i in shown["items"])
         + "</ol></div>"
-        for name, items in one["lists"].items()
+        for shown in one["lists"]
     )
     truth = ", ".join(_item(i) for i in one["targets"])
     return (
@@ -207,43 +211,41 @@ def _training(tree: Tree, drawn: Mapping[str, str]) -> str:
 def _settings(tree: Tree) -> str:
     rows = []
     for model in tree["models"]:
-        tried = ", ".join(
+        tried = "; ".join(
             f"{_pairs({k: v for k, v in p.items() if k != 'ndcg@10'})}: {p['ndcg@10']:.4f}"
             for p in model["tried"]
         )
-        cells = [_model_name(model), escape(_pairs(model["settings"])), escape(tried)]
-        rows.append((cells, ""))
-    head = ["", "settings", "tried on validation: NDCG@10"]
-    return _table(head, rows, "prose") if any(m["settings"] for m in tree["models"]) else ""
+        if model["settings"]:
+            cells = [_model_name(model), escape(_pairs(model["settings"])), escape(tried)]
+            rows.append((cells, ""))
+    head = ["", "settings", "tried on the validation events, NDCG@10"]
+    return _table(head, rows, "prose") if rows else ""
 
 
 def _data(tree: Tree) -> str:
     data = tree["data"]
-    rows = [(f"interactions {word}", data.get(key)) for word, key in _DATA_WORDS]
-    rows += [(f"dropped: {why}", count) for why, count in data.get("dropped", {}).items()]
-    rows += [(f"{what} events", count) for what, count in data.get("split", {}).items()]
-    for what in ("users", "items"):
-        rows += [
-            (what, data.get(what)),
-            (f"{what} without events", data.get(f"{what}_without_events")),
-        ]
-    if data.get("unknown_items"):
-        rows.append(("items not in the items file", data["unknown_items"]))
-    rows += [("first day", data.get("first")), ("last day", data.get("last"))]
-    rows += [(f"events: {name}", count) for name, count in data.get("events", {}).items()]
-    for what in ("item", "user"):
+    split = data.get("split", {})
+    events = [("interactions read", data.get("rows"))]
+    events += [(f"dropped: {why}", n) for why, n in data.get("dropped", {}).items()]
+    events += [("interactions kept", data.get("interactions"))]
+    events += [(f"for {part}", split.get(part)) for part in ("train", "valid", "test")]
+    events += [(f"of type {name}", n) for name, n in data.get("events", {}).items()]
+    events += [("first day", data.get("first")), ("last day", data.get("last"))]
+    who = [
+        (what + kind, data.get(what + key))
+        for what in ("users", "items")
+        for kind, key in (("", ""), (" without events", "_without_events"))
+    ]
+    who.append(("items not in the items file", data.get("unknown_items") or None))
+    for what in ("user", "item"):
         told = data.get(f"{what}_attributes") or {}
-        rows += [(f"{what} attribute {name}", kind) for name, kind in told.items()]
-    return _pairs_table((name, value) for name, value in rows if value is not None)
-
-
-_ABOUT = (("", ""), (" without events", "_without_events"))
-_DATA_WORDS = (("read", "rows"), ("kept", "interactions"))
+        who += [(f"{what} attribute {name}", kind) for name, kind in told.items()]
+    return f"<div class=columns>{_pairs_table(events)}{_pairs_table(who)}</div>"
 
 
 def _how(tree: Tree) -> str:
     protocol = "".join(f"<li>{escape(line)}" for line in tree["protocol"]["notes"])
-    seconds = _pairs_table((name, f"{s:,.1f} s") for name, s in tree["seconds"].items())
+    seconds = _pairs_table((t["what"], f"{t['seconds']:,.1f} s") for t in tree["seconds"])
     config = escape(json.dumps(tree["config"], indent=2, ensure_ascii=False))
     return (
         f"<ul>{protocol}</ul><details><summary>Time it took</summary>{seconds}</details>"
@@ -271,7 +273,8 @@ def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], str]], kind:
 
 
 def _pairs_table(pairs: Iterable[tuple[str, Any]]) -> str:
-    rows = [([escape(name), escape(_plain(value))], "") for name, value in pairs]
+    told = [(name, value) for name, value in pairs if value is not None]
+    rows = [([escape(name), escape(_plain(value))], "") for name, value in told]
     return _table(["", ""], rows, "pairs")
 
 
@@ -280,7 +283,11 @@ def _pairs(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _maybe(value: float | None) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tfrec.report.text import label, value_of
+from tfrec.report.text import in_order, label, value_of
 
 Tree = Mapping[str, Any]
 
@@ -28,6 +30,11 @@ COLOURS = {
     "popular": "#9aa3b2",
 }
 """One colour for each model, in every figure, that is legible on white and on near-black."""
+
+FEW = 10
+"""Segments of fewer users or targets are not drawn; report.json has them."""
+
+_WIDTH = 10.0  # inches: all figures are as wide as the page, so that their texts are as large
 
 _SEGMENT_TITLES = {"history": "length of history", "popularity": "popularity of the target"}
 
@@ -97,7 +104,7 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Any]
 def _models(tree: Tree) -> Figure:
     names = [f"{m}@{tree['k']}" for m in ("ndcg", "hr")]
     models = tree["models"][::-1]
-    figure, axes = _figure(2, 10, 0.8 + 0.42 * len(models))
+    figure, axes = _figure(2, _WIDTH, 0.8 + 0.42 * len(models))
     for axis, metric in zip(axes, names, strict=True):
         axis.grid(visible=False, axis="y")
         for place, model in enumerate(models):
@@ -116,7 +123,7 @@ def _models(tree: Tree) -> Figure:
             )
         axis.set_yticks(range(len(models)), [m["name"] for m in models])
         axis.tick_params(axis="y", length=0)
-        axis.margins(x=0.16)
+        axis.margins(x=0.22)
         axis.set_xlim(left=0)
         axis.set_title(label(metric))
     axes[1].set_yticklabels([])
@@ -126,7 +133,7 @@ def _models(tree: Tree) -> Figure:
 def _by_k(tree: Tree) -> Figure | None:
     if len(tree["ks"]) < 2:
         return None
-    figure, axes = _figure(2, 10, 3.4)
+    figure, axes = _figure(2, _WIDTH, 3.4)
     for axis, name in zip(axes, ("ndcg", "recall"), strict=True):
         for model in tree["models"]:
             values = [model["metrics"][f"{name}@{k}"]["mean"] for k in tree["ks"]]
@@ -143,7 +150,7 @@ def _by_k(tree: Tree) -> Figure | None:
 
 def _trade(tree: Tree) -> Figure:
     k = tree["k"]
-    figure, axes = _figure(2, 10, 3.2)
+    figure, axes = _figure(2, _WIDTH, 3.2)
     panels = [
         (f"coverage@{k}", "Accuracy and coverage", "more of the catalog"),
         (f"tail_share@{k}", "Accuracy and the long tail", "less of the popular"),
@@ -151,28 +158,33 @@ def _trade(tree: Tree) -> Figure:
     for axis, (across, title, meaning) in zip(axes, panels, strict=True):
         for model in tree["models"]:
             x, y = value_of(model, across), value_of(model, f"ndcg@{k}")
-            axis.scatter(x, y, s=70, color=_colour(model), zorder=3)
-            axis.annotate(model["name"], (x, y), xytext=(7, 5), textcoords="offset points")
-        axis.set_xlabel(f"{label(across)}: {meaning} to the right")
+            axis.scatter(x, y, s=80, color=_colour(model), label=model["name"], zorder=3)
+        axis.set_xlabel(f"{label(across)}, {meaning} to the right")
         axis.set_ylabel(label(f"ndcg@{k}"))
-        axis.margins(0.2)
+        axis.margins(0.15)
+        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
         axis.set_ylim(bottom=0)
         axis.set_title(title)
+    axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def _learning(tree: Tree) -> Figure | None:
-    curves = {task: history for task, history in tree["learning"].items() if history}
+    curves = [(one["task"], one["history"]) for one in tree["learning"] if one["history"]]
     if not curves:
         return None
-    figure, axes = _figure(len(curves), 5 * len(curves), 3.2)
-    for axis, (task, history) in zip(axes, curves.items(), strict=True):
+    figure, axes = _figure(len(curves), _WIDTH, 3.2)
+    for axis, (task, history) in zip(axes, curves, strict=True):
         loss, ndcg = _points(history, "loss"), _points(history, "ndcg@10")
         axis.plot(*loss, color=_GRID)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("epoch")
         axis.set_ylabel("training loss (grey)")
         axis.set_title(f"Training of {task}")
         if ndcg[0]:
+            best = max(ndcg[1])
+            epoch = ndcg[0][ndcg[1].index(best)]
+            axis.set_title(f"Training of {task}: best {best:.4f} after epoch {epoch:g}")
             _validation(axis.twinx(), *ndcg, COLOURS.get(task, _INK))
     return figure
 
@@ -186,17 +198,6 @@ def _validation(axis: Any, epochs: Sequence[float], values: Sequence[float], col
     axis.plot(epochs, values, "o-", ms=4, color=colour)
     axis.set_ylabel("validation NDCG@10", color=colour)
     axis.spines["right"].set_visible(True)
-    best = max(values)
-    epoch = epochs[values.index(best)]
-    axis.axhline(best, color=colour, lw=0.8, ls=":")
-    axis.annotate(
-        f"best {best:.4f} at epoch {epoch:g}",
-        (epochs[len(epochs) // 2], best),
-        xytext=(0, -12),
-        textcoords="offset points",
-        ha="center",
-        color=colour,
-    )
 
 
 def _history(tree: Tree) -> Figure:
@@ -204,20 +205,22 @@ def _history(tree: Tree) -> Figure:
 
 
 def _target_popularity(tree: Tree) -> Figure:
-    across = "tenth of the items that the held-out one is in, 10 the most popular"
-    return _segments(tree, "popularity", across, "held-out items")
+    across = "tenth of the items that the target is in, 10 the most popular"
+    return _segments(tree, "popularity", across, "targets")
 
 
 def _segments(tree: Tree, which: str, across: str, what: str) -> Figure:
     metric = f"ndcg@{tree['k']}"
-    figure, axes = _figure(1, 7.6, 3.6)
+    figure, axes = _figure(1, _WIDTH, 3.4)
     rows = tree["models"][0]["segments"][which]
+    large = [row["count"] >= FEW for row in rows]
+    rows = list(compress(rows, large))
     for model in tree["models"]:
-        values = [row[metric] for row in model["segments"][which]]
+        values = [row[metric] for row in compress(model["segments"][which], large)]
         axes[0].plot(values, "o-", ms=4, color=_colour(model), label=model["name"])
     names = [f"{row['segment']}\n{row['count']:,}" for row in rows]
     axes[0].set_xticks(range(len(rows)), names)
-    axes[0].set_xlabel(f"{across} (small: how many {what})")
+    axes[0].set_xlabel(f"{across}; below, how many {what}")
     axes[0].set_ylim(bottom=0)
     axes[0].set_title(f"{label(metric)} by {_SEGMENT_TITLES[which]}")
     axes[0].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -225,7 +228,7 @@ def _segments(tree: Tree, which: str, across: str, what: str) -> Figure:
 
 
 def _exposure(tree: Tree) -> Figure:
-    figure, axes = _figure(1, 7.6, 3.6)
+    figure, axes = _figure(1, _WIDTH, 3.4)
     tenths = range(1, 11)
     axes[0].bar(
         tenths, tree["popularity"]["history"], color=_GRID, alpha=0.35, label="events in the data"
@@ -246,11 +249,13 @@ def _exposure(tree: Tree) -> Figure:
 
 
 def _calibration(tree: Tree) -> Figure | None:
-    tasks = {t: p for t, p in tree["predictions"].items() if p.get("reliability")}
+    tasks = [(task, told) for task, told in in_order(tree["predictions"]) if "auc" in told]
     if not tasks:
         return None
-    figure, axes = _figure(len(tasks), 4.2 * len(tasks), 3.6)
-    for axis, (task, told) in zip(axes, tasks.items(), strict=True):
+    figure, axes = _figure(max(len(tasks), 2), _WIDTH, 3.6)
+    for unused in axes[len(tasks) :]:
+        unused.set_axis_off()
+    for axis, (task, told) in zip(axes, tasks, strict=False):
         table: Sequence[Mapping[str, float]] = told["reliability"]
         axis.plot([0, 1], [0, 1], ls=":", color=_GRID)
         axis.plot(

@@ -33,7 +33,7 @@ td { text-align: right; }
 th:first-child, td:first-child, .prose td, .prose th, .pairs td { text-align: left; }
 .prose td { white-space: normal; font-size: 13px; }
 .prose td:first-child { white-space: nowrap; }
-.pairs { width: auto; } .pairs thead { display: none; }
+.pairs, .narrow { width: auto; } .narrow th { padding-left: 24px; } .pairs thead { display: none; }
 .pairs td:first-child { color: var(--soft); }
 td small { display: block; font-size: 11px; }
 tr.ours { background: var(--ours); }

@@ -53,6 +53,13 @@ def value_of(model: Mapping[str, Any], metric: str) -> float:
     return float(model["beyond"][metric])
 
 
+def in_order(predictions: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The predicted tasks in the order in which they are always shown."""
+    return [
+        (t, predictions[t]) for t in ("click", "like", "conversion", "rating") if t in predictions
+    ]
+
+
 def number(metric: str, value: float) -> str:
     """A value as the metric is usually written."""
     name = metric.partition("@")[0]
@@ -113,6 +120,54 @@ def findings(tree: Mapping[str, Any]) -> list[str]:
     return [says[c["role"]](c) for c in tree["comparisons"]] + [
         f"{name} was left out: {why}." for name, why in tree["skipped"].items()
     ]
+
+
+def protocol_notes(told: Mapping[str, Any]) -> list[str]:
+    """How it was measured, in sentences.
+
+    Args:
+      told: What report.json holds under ``protocol``.
+    """
+    refitted = (
+        "baselines and our models are fitted anew on training and validation events."
+        if told["refit"]
+        else "baselines are fitted anew on training and validation events, our models are not "
+        "(adapt.refit = false)."
+    )
+    seen = (
+        f"these items are not recommended again ({told['targets_in_history']:,} held-out events "
+        "are of such items and cannot be found)."
+        if told["exclude_history"]
+        else "these items may be recommended again."
+    )
+    notes = [
+        _SPLITS[told["split"]],
+        f"Every user with a held-out event counts: {told['users']:,} users, {told['targets']:,} "
+        f"events. All {told['items']:,} items are ranked; no negatives are sampled.",
+        f"Models read the training and validation events of a user, and {seen}",
+        f"Settings are chosen on the validation events alone; then {refitted}",
+        f"Coverage is of the {told['items_with_events']:,} items that have an event. Diversity is "
+        f"measured on {told['diversity_of']}. Popularity counts users before the held-out events; "
+        "the long tail is all but the most popular fifth of the items.",
+    ]
+    if told["bootstrap"]:
+        notes.append(
+            f"Intervals: 95%, percentiles of {told['bootstrap']:,} resamples of the users; "
+            "differences are paired. They do not cover the randomness of training."
+        )
+    return notes
+
+
+_SPLITS = {
+    "leave_one_out": "Leave-one-out: the last event of each user is held out for the test, the one "
+    "before for validation. Order is by time, and by the order of the file on equal times.",
+    "time": "By time: the latest events of all users are held out for the test, those before for "
+    "validation.",
+    "item_cold": "Cold items: every event of some random items is held out.",
+    "user_cold": "Cold users: every event of some random users is held out, so that nothing is "
+    "known of them but their attributes.",
+    "none": "The data names its own held-out events.",
+}
 
 
 def _against_baseline(c: Mapping[str, Any]) -> str:

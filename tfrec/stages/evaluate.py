@@ -38,7 +38,7 @@ from tfrec.report.measures import (
     measure,
     regression,
 )
-from tfrec.report.text import findings
+from tfrec.report.text import findings, protocol_notes
 
 FOLDER = "evaluate"
 KIND = "report"
@@ -204,16 +204,17 @@ class _Evaluation:
             "predictions": predictions,
             "predictions_note": note,
             "popularity": self._popularity(),
-            "learning": {
-                role: _history(parent)
+            "learning": [
+                {"task": role, "history": _history(parent)}
                 for role, parent in self.parents.items()
                 if "history.json" in parent.files
-            },
+            ],
             "examples": self._examples(rows),
             "config": self.config.dump(),
         }
         self.seconds["evaluate, all"] = time.monotonic() - began
-        return tree | {"findings": findings(tree), "seconds": self.seconds}
+        seconds = [{"what": what, "seconds": s} for what, s in self.seconds.items()]
+        return tree | {"findings": findings(tree), "seconds": seconds}
 
     def save_lists(self, folder: Path) -> None:
         """Writes each model's lists as ``user_id,item_id,rank,score``, best first."""
@@ -346,80 +347,42 @@ class _Evaluation:
             "history_length": len(history),
             "history": [_item(catalog, row) for row in history[::-1][:_SHOWN]],
             "targets": [_item(catalog, row) for row in wanted[:_SHOWN]],
-            "lists": {
-                name: [
-                    {**_item(catalog, row), "hit": bool(row in wanted)}
-                    for row in rows[:_SHOWN]
-                    if row
-                ]
+            "lists": [
+                {
+                    "name": name,
+                    "items": [
+                        {**_item(catalog, row), "hit": bool(row in wanted)}
+                        for row in rows[:_SHOWN]
+                        if row
+                    ],
+                }
                 for name, rows in lists.items()
-            },
+            ],
         }
 
     def _protocol(self) -> dict[str, Any]:
-        around, split = self.around, self.config.data.split
-        items = self.dataset.catalog.num_items
-        met = set(zip(self.history.user.tolist(), self.history.item.tolist(), strict=True))
-        again = sum(
-            pair in met
-            for pair in zip(self.held_out.user.tolist(), self.held_out.item.tolist(), strict=True)
-        )
-        notes = [
-            _SPLITS.get(split, f"Split: {split}."),
-            f"Every user with a held-out event counts: {len(around.users):,} users, "
-            f"{len(around.targets):,} events. All {items:,} items are ranked; no negatives are "
-            "sampled.",
-            "Models read the training and validation events of a user"
-            + (
-                f", and these items are not recommended again ({again:,} held-out events are of "
-                "such items and cannot be found)."
-                if self.settings.exclude_history
-                else "; these items may be recommended again."
-            ),
-            "Settings are chosen on the validation events alone; then baselines are fitted anew on "
-            "training and validation events"
-            + (
-                ", and our models refitted on them."
-                if self.config.adapt.refit
-                else "; our models are not (adapt.refit = false)."
-            ),
-            f"Coverage is of the {around.items_with_events:,} items that have an event. Diversity "
-            f"is measured on {around.vectors_of}. Popularity counts users before the held-out "
-            "events; the long tail is all but the most popular fifth of the items.",
-        ]
-        if self.settings.bootstrap:
-            notes.append(
-                f"Intervals: 95%, percentiles of {self.settings.bootstrap:,} resamples of the "
-                "users; differences are paired. They do not cover the randomness of training."
-            )
-        return {
-            "split": split,
+        around, width = self.around, len(self.dataset.catalog)
+        met = self.history.user * np.int64(width) + self.history.item
+        wanted = self.held_out.user * np.int64(width) + self.held_out.item
+        told = {
+            "split": self.config.data.split,
             "users": len(around.users),
             "targets": len(around.targets),
-            "items": items,
+            "targets_in_history": int(np.isin(wanted, met).sum()),
+            "items": self.dataset.catalog.num_items,
             "items_with_events": around.items_with_events,
             "exclude_history": self.settings.exclude_history,
-            "targets_in_history": again,
+            "refit": self.config.adapt.refit,
+            "diversity_of": around.vectors_of,
             "bootstrap": self.settings.bootstrap,
-            "notes": notes,
         }
+        return told | {"notes": protocol_notes(told)}
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.seconds[what] = time.monotonic() - began
-
-
-_SPLITS = {
-    "leave_one_out": "Leave-one-out: the last event of each user is held out for the test, the one "
-    "before for validation. Order is by time, and by the order of the file on equal times.",
-    "time": "By time: the latest events of all users are held out for the test, those before for "
-    "validation.",
-    "item_cold": "Cold items: every event of some random items is held out.",
-    "user_cold": "Cold users: every event of some random users is held out, so that nothing is "
-    "known of them but their attributes.",
-}
 
 
 def with_unobserved(
