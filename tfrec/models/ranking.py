@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tfrec.config import RankingConfig
 from tfrec.errors import ConfigError, InputError
+from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import tf, tf_keras, tfrs
 from tfrec.models.step import TaskModel
 
@@ -71,14 +72,10 @@ class Ranker(TaskModel):
         self.attention = TargetAttention(config.history, name="attention")
         self.cross = self._cross_layers(5 * embedding_dim + sum(self.widths[1:]))
         self.mixture = GatedExperts(config.experts, config.hidden, len(self.tasks), name="mixture")
-        self.dropout = tf_keras.layers.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.heads = [TaskHead(config.hidden, name=task) for task in self.tasks]
-        self.scalar_mean, self.scalar_std = (
-            self.add_weight(
-                name=name, shape=(num_scalars,), initializer=start, trainable=False, dtype="float32"
-            )
-            for name, start in (("scalar_mean", "zeros"), ("scalar_std", "ones"))
-        )
+        self.scalar_mean = self._constant("scalar_mean", "zeros")
+        self.scalar_std = self._constant("scalar_std", "ones")
         self._touch()
 
     def call(self, inputs: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
@@ -147,6 +144,16 @@ class Ranker(TaskModel):
         flat = spread < 1e-6 * np.maximum(1.0, np.abs(rows.mean(axis=0)))
         self.scalar_mean.assign(rows.mean(axis=0))
         self.scalar_std.assign(np.where(flat, 1.0, spread))
+
+    def _constant(self, name: str, start: str) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=(self.widths[3],),
+            dtype="float32",
+            initializer=start,
+            trainable=False,
+            experimental_autocast=False,
+        )
 
     def _cross_layers(self, width: int) -> list[Any]:
         rank = self.config.hidden if self.config.hidden < width / 2 else None
