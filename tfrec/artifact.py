@@ -184,12 +184,21 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON so that the file is either the old one or the whole new one."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text so that the file is either the old one or the whole new one.
+
+    Raises:
+      SetupError: the disk is full or cannot be written.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     with _disk_errors(target):
-        with open(partial, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
-            stream.write("\n")
+        with open(partial, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, target)
@@ -269,7 +278,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SetupError(
-                f"no space left on the disk while writing {path}; free some, or choose another --out"
+                f"no space left on the disk while writing {path}; free some, or take another --out"
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise SetupError(f"{path} cannot be written: {error.strerror}") from None

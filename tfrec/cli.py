@@ -359,8 +359,9 @@ def _recommend(arguments: argparse.Namespace) -> int:
     return DONE if arguments.out is None else _made(arguments.out)
 
 
-def _format(given: str | None, out: Path | None) -> str:
-    return given or ("jsonl" if out is not None and out.suffix == ".jsonl" else "csv")
+def _format(given: str | None, out: Path | None) -> Literal[csv, jsonl]:
+    jsonl = given == "jsonl" or (given is None and out is not None and out.suffix == ".jsonl")
+    return "jsonl" if jsonl else "csv"
 
 
 def _ids(text: str) -> list[str]:

@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tfrec.errors import ConfigError
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+BaselineName = Literal["popular", "item_knn", "ease", "als"]
+
 
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
@@ -201,8 +204,8 @@ class AdaptConfig(Section):
         True, description="after choosing on validation, train on validation and test events too"
     )
     refit_epochs: int = Field(6, ge=1, description="epochs of each refit, from the chosen weights")
-    tracking: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        default_factory=lambda: ["tensorboard"]
+    tracking: list[Tracker] = Field(
+        default=["tensorboard"], description="where losses and metrics are recorded"
     )
     retrieval: RetrievalConfig = RetrievalConfig()
     ranking: RankingConfig = RankingConfig()
@@ -225,9 +228,7 @@ class EvaluateConfig(Section):
     """What the report measures, and against whom."""
 
     k: list[int] = Field(default_factory=lambda: [1, 5, 10, 20, 50], min_length=1)
-    baselines: list[Literal["popular", "item_knn", "ease", "als"]] = Field(
-        default_factory=lambda: ["popular", "item_knn", "ease", "als"]
-    )
+    baselines: list[BaselineName] = Field(default=["popular", "item_knn", "ease", "als"])
     bootstrap: int = Field(1000, ge=0, description="resamples behind the intervals; 0: none")
     exclude_history: bool = Field(True, description="items of the history are not recommended")
     examples: int = Field(3, ge=0, description="users shown with titles in the report")

@@ -23,6 +23,7 @@ Rows = NDArray[np.int32]
 Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
+FUSED = 200
 SCALARS = ("retrieval", "linear", "log_popularity")
 
 
@@ -139,7 +140,7 @@ class Request:
       profile: What the person likes, in words.
       exclude: Item ids that must not come.
       include: Item ids to choose among; empty: all.
-      filters: Attribute column -> value the items must have.
+      filters: Attribute column -> values, one of which the items must have.
       include_seen: Whether items of the history may come.
       time: Seconds since 1970 of the request, for models that read it.
     """
@@ -149,7 +150,7 @@ class Request:
     profile: str = ""
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
-    filters: Mapping[str, str] = field(default_factory=dict)
+    filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
     include_seen: bool = False
     time: int | None = None
 
@@ -368,7 +369,7 @@ class Recommender:
         out: list[list[Recommended]] = [[] for _ in requests]
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, request in enumerate(requests):
-            key = (request.include, tuple(sorted(request.filters.items())))
+            key = (request.include, *sorted((c, tuple(v)) for c, v in request.filters.items()))
             groups.setdefault(key, []).append(place)
         for places in groups.values():
             index = self._allowed(requests[places[0]])
@@ -382,7 +383,8 @@ class Recommender:
     def _answer(self, requests: Sequence[Request], k: int, index: Index) -> list[list[Recommended]]:
         asked, exclude = self._asked(requests)
         answers: list[list[Recommended]] = [[] for _ in requests]
-        known = np.flatnonzero(np.diff(asked.histories.offsets) > 0)
+        counts = np.diff(asked.histories.offsets)
+        known = np.flatnonzero(counts)
         if len(known):
             who = Who(
                 asked.histories.take(known),
@@ -390,10 +392,20 @@ class Recommender:
                 asked.attributes[known],
                 None if asked.request_time is None else asked.request_time[known],
             )
-            found = self.chain(who, k, exclude.take(known), index, self.policy)
-            for place, ids, scores in zip(known, found.ids, found.scores, strict=True):
-                answers[place] = self._named(ids, scores, "behaviour")
-        for place in np.flatnonzero(np.diff(asked.histories.offsets) == 0):
+            deep = max(k, FUSED) if any(requests[p].profile for p in known.tolist()) else k
+            found = self.chain(who, deep, exclude.take(known), index, self.policy)
+            for place, ids, scores in zip(known.tolist(), found.ids, found.scores, strict=True):
+                words = requests[place].profile
+                if words and self.text.shape[1]:
+                    said = top_k(
+                        self._cold_scores(words, index.ids),
+                        index.ids,
+                        deep,
+                        exclude.take(np.array([place])),
+                    )
+                    ids, scores = _fused(ids, said.ids[0])
+                answers[place] = self._named(ids[:k], scores[:k], "behaviour")
+        for place in np.flatnonzero(counts == 0).tolist():
             profile = requests[place].profile or self._profile_text(requests[place])
             source: Source = "text" if profile and self.text.shape[1] else "popular"
             scores = self._cold_scores(profile if source == "text" else "", index.ids)
@@ -446,18 +458,18 @@ class Recommender:
             chosen = np.zeros(len(self.catalog), bool)
             chosen[self.catalog.rows(request.include)] = True
             allowed &= chosen
-        for column, value in request.filters.items():
-            allowed &= self._has(column, value)
+        for column, values in request.filters.items():
+            allowed &= self._has(column, values)
         rows = np.flatnonzero(allowed).astype(np.int32)
         return ExactIndex.build(self.vectors[rows], rows)
 
-    def _has(self, column: str, value: str) -> NDArray[np.bool_]:
+    def _has(self, column: str, values: Sequence[str]) -> NDArray[np.bool_]:
         cells = self.catalog.attributes.get(column)
         if cells is None:
             known = ", ".join(self.catalog.attributes) or "none"
             raise InputError(f"items have no attribute '{column}' to filter by; they have: {known}")
         separator = self.catalog.schema.separator
-        return np.array([value in cell.split(separator) for cell in cells])
+        return np.array([not set(cell.split(separator)).isdisjoint(values) for cell in cells])
 
     def _profile_text(self, request: Request) -> str:
         row = self.users.row(request.user_id) if request.user_id else -1
@@ -469,7 +481,8 @@ class Recommender:
         if not profile:
             return share[None].astype(np.float32)
         vector = self.engine.encode_text([profile], query=True)[0]
-        return (self.text[rows] @ vector + 1e-3 * share)[None].astype(np.float32)
+        scores: Floats = (self.text[rows] @ vector + 1e-3 * share)[None].astype(np.float32)
+        return scores
 
     def _named(self, ids: Rows, scores: Floats, source: Source) -> list[Recommended]:
         return [
@@ -516,6 +529,18 @@ def _best(score: Floats, rows: Rows, k: int) -> TopK:
         scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
         ids = np.pad(ids, ((0, 0), (0, short)))
     return TopK(scores, np.where(scores > -np.inf, ids, 0).astype(np.int32))
+
+
+def _fused(first: Rows, second: Rows) -> tuple[Rows, Floats]:
+    """Two lists as one, by reciprocal ranks (Cormack et al. 2009, with their constant 60)."""
+    ids = np.union1d(first, second)
+    ids = ids[ids > 0]
+    score = np.zeros(len(ids), np.float32)
+    for found in (first, second):
+        found = found[found > 0]
+        score[np.searchsorted(ids, found)] += 1 / (61 + np.arange(len(found), dtype=np.float32))
+    order = np.argsort(-score, kind="stable")
+    return ids[order].astype(np.int32), score[order]
 
 
 def _joined(histories: Sequence[Histories]) -> Histories:

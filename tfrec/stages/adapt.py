@@ -422,7 +422,7 @@ def _train_ranker(
     dataset, config = job.dataset, job.adapt.ranking
     train = base.interactions
     rated = train.rating[np.isfinite(train.rating)]
-    sizes = {
+    sizes: dict[str, Any] = {
         "embedding_dim": int(base.vectors.shape[1]),
         "attributes_width": int(dataset.catalog.features.shape[1]),
         "user_attributes_width": int(dataset.users.features.shape[1]),

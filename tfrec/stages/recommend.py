@@ -1,0 +1,145 @@
+"""recommend: a finished run in, recommendations out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from tfrec.artifact import write_text
+from tfrec.data.raw import read_table
+from tfrec.data.tables import open_table
+from tfrec.errors import InputError
+from tfrec.models.engine import load_recommender
+from tfrec.recommender import Recommended, Recommender, Request
+
+PIECE = 512
+
+
+def run(
+    folder: str | os.PathLike[str],
+    *,
+    users_file: Path | None = None,
+    user_ids: Sequence[str] = (),
+    history: Sequence[str] = (),
+    profile: str | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    filters: Mapping[str, Sequence[str]] | None = None,
+    include_seen: bool = False,
+    k: int | None = None,
+    out: Path | None = None,
+    format: Literal["csv", "jsonl"] = "csv",
+) -> None:
+    """Recommends with a run's final models and writes the result.
+
+    Args:
+      folder: The run's folder.
+      users_file: A table with a column ``user_id``: everyone in it gets a list.
+      user_ids: Further users.
+      history: Item ids, oldest first, that follow what is known of each user; without users, of
+        somebody unknown.
+      profile: What the person likes, in words.
+      exclude: Item ids that must not come.
+      include: Item ids to choose among; empty: all.
+      filters: Attribute column -> values, one of which the items must have.
+      include_seen: Whether items of the history may come.
+      k: Items for each user; None: 10.
+      out: The file to write; None: standard output.
+      format: ``csv`` with ``user_id,item_id,rank,score``, or ``jsonl`` with titles and sources.
+
+    Raises:
+      ArtifactError: the run is missing or unfinished.
+      InputError: the users file cannot be read, or a filter names no attribute.
+    """
+    users = list(user_ids or ())
+    if users_file is not None:
+        users += read_table(open_table(users_file, "--users"), "user_id", {}).ids
+    recommender = load_recommender(folder)
+    requests = [
+        Request(
+            user_id=user,
+            history=tuple(history or ()),
+            profile=profile or "",
+            exclude=tuple(exclude or ()),
+            include=tuple(include or ()),
+            filters=dict(filters or {}),
+            include_seen=include_seen,
+        )
+        for user in users or [""]
+    ]
+    _check_ids(recommender, requests[0])
+    answers = _answers(recommender, requests, k or 10)
+    text = (_jsonl if format == "jsonl" else _csv)(requests, answers)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)
+    _say_sources(answers)
+
+
+def _answers(
+    recommender: Recommender, requests: Sequence[Request], k: int
+) -> list[list[Recommended]]:
+    answers: list[list[Recommended]] = []
+    with tqdm(total=len(requests), desc="recommending", disable=len(requests) <= PIECE) as bar:
+        for start in range(0, len(requests), PIECE):
+            piece = requests[start : start + PIECE]
+            answers += recommender.recommend(piece, k)
+            bar.update(len(piece))
+    return answers
+
+
+def _check_ids(recommender: Recommender, request: Request) -> None:
+    """Unknown items to choose among are an error; elsewhere they are said and left out."""
+    for name, ids in (("--history", request.history), ("--exclude", request.exclude)):
+        unknown = [i for i in ids if not recommender.catalog.row(i)]
+        if unknown:
+            print(f"tfrec: {name}: there is no item '{unknown[0]}'; left out", file=sys.stderr)
+    unknown = [i for i in request.include if not recommender.catalog.row(i)]
+    if unknown:
+        raise InputError(f"--include names the item '{unknown[0]}', which is not in the catalog")
+
+
+def _csv(requests: Sequence[Request], answers: Sequence[Sequence[Recommended]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["user_id", "item_id", "rank", "score"])
+    for request, answer in zip(requests, answers, strict=True):
+        for rank, item in enumerate(answer, 1):
+            writer.writerow([request.user_id, item.item_id, rank, f"{item.score:.6g}"])
+    return stream.getvalue()
+
+
+def _jsonl(requests: Sequence[Request], answers: Sequence[Sequence[Recommended]]) -> str:
+    lines = []
+    for request, answer in zip(requests, answers, strict=True):
+        items = [
+            {
+                "item_id": item.item_id,
+                "title": item.title,
+                "score": round(item.score, 6),
+                "source": item.source,
+            }
+            for item in answer
+        ]
+        lines.append(json.dumps({"user_id": request.user_id, "items": items}, ensure_ascii=False))
+    return "".join(line + "\n" for line in lines)
+
+
+def _say_sources(answers: Sequence[Sequence[Recommended]]) -> None:
+    """Says how many lists rest on something else than behaviour."""
+    counts = Counter(str(answer[0].source) for answer in answers if answer)
+    told = {"text": "on profile text", "popular": "on popularity"}
+    parts = [f"{counts[source]:,} rest {words}" for source, words in told.items() if counts[source]]
+    if parts:
+        lists = f"of {len(answers):,} lists, for want of events,"
+        print(f"tfrec: {lists} {' and '.join(parts)}", file=sys.stderr)
