@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import tfrec
 from tfrec.errors import InputError, TfrecError
@@ -359,7 +359,7 @@ def _recommend(arguments: argparse.Namespace) -> int:
     return DONE if arguments.out is None else _made(arguments.out)
 
 
-def _format(given: str | None, out: Path | None) -> Literal[csv, jsonl]:
+def _format(given: str | None, out: Path | None) -> Literal["csv", "jsonl"]:
     jsonl = given == "jsonl" or (given is None and out is not None and out.suffix == ".jsonl")
     return "jsonl" if jsonl else "csv"
 
