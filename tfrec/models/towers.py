@@ -138,7 +138,8 @@ class QueryTower(tf_keras.layers.Layer):
             "request_time": request_time,
         }
         self.width = embedding_dim
-        inputs = {"position": length, "event": num_events}
+        # Without event types a start token and an event are still told apart, by codes 0 and 1.
+        inputs = {"position": length, "event": num_events if events else 2}
         if events:
             inputs["rating"] = RATING_BUCKETS
         if time_gaps:
@@ -185,7 +186,8 @@ class QueryTower(tf_keras.layers.Layer):
         """
         hidden = vectors * tf.cast(self.width**0.5, vectors.dtype)
         for name, table in self.tables.items():
-            hidden += tf.cast(tf.gather(table, batch[name]), hidden.dtype)
+            codes = tf.minimum(batch[name], table.shape[0] - 1)
+            hidden += tf.cast(tf.gather(table, codes), hidden.dtype)
         for given, layer in ((profile, self.profile), (attributes, self.attributes)):
             if given.shape[-1]:
                 hidden += _at_places(layer(given), batch["segment"])
