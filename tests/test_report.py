@@ -33,7 +33,7 @@ def _interactions(rows, num_users):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def around():
     """Three users of four, items 1 to 5; user 2 holds nothing out."""
     events = _interactions(
@@ -49,7 +49,7 @@ def around():
     return Round.of(events.part(TRAIN), events.part(TEST), features, seed=1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(around):
     good = np.array([[3, 4, 5], [4, 3, 5], [2, 1, 3]], np.int32)
     bad = np.array([[5, 4, 3], [5, 2, 0], [1, 5, 4]], np.int32)
@@ -59,7 +59,7 @@ def rows(around):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tree(rows):
     for row, ours in zip(rows, (False, True), strict=True):
         row.tree.update(ours=ours, settings={"regularization": 200.0} if not ours else {}, tried=[])
@@ -124,10 +124,16 @@ def tree(rows):
     return made | {"findings": findings(made)}
 
 
-@pytest.fixture
-def page(tree, tmp_path):
-    report.write(tree, tmp_path)
-    return (tmp_path / "report.html").read_text("utf-8")
+@pytest.fixture(scope="module")
+def folder(tree, tmp_path_factory):
+    written = tmp_path_factory.mktemp("report")
+    report.write(tree, written)
+    return written
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text("utf-8")
 
 
 class _Balanced(HTMLParser):
@@ -176,12 +182,11 @@ def test_figures_take_the_colours_of_the_page(page):
     assert "#010203" not in page
 
 
-def test_the_json_is_the_whole_report_and_draws_the_same_page(tree, page, tmp_path):
-    again = json.loads((tmp_path / "report.json").read_text("utf-8"))
+def test_the_json_is_the_whole_report_and_draws_the_same_page(tree, folder, page, tmp_path):
+    again = json.loads((folder / "report.json").read_text("utf-8"))
     assert again == json.loads(json.dumps(tree))
-    (tmp_path / "two").mkdir()
-    report.write(again, tmp_path / "two")
-    assert (tmp_path / "two" / "report.html").read_text("utf-8") == page
+    report.write(again, tmp_path)
+    assert (tmp_path / "report.html").read_text("utf-8") == page
 
 
 def test_sections_without_data_are_left_out(tree, tmp_path):
