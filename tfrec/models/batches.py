@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ class TrainingBatches:
         if not (np.diff(self.sequences.histories.offsets) > 0).any():
             raise InputError("there is no event to train on")
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch: what the first epoch fills, at least one."""
         rows = len(self.sequences.epoch(0)["item"])
@@ -117,15 +118,14 @@ class TrainingBatches:
         for name, table in (("profile", self.profile), ("attributes", self.attributes)):
             batch[name] = table[user] * known[:, :, None].astype(np.float32)
 
-    def _cut(
-        self, whole: Arrays, generator: np.random.Generator, mine: range
-    ) -> Iterator[Arrays]:
+    def _cut(self, whole: Arrays, generator: np.random.Generator, mine: range) -> Iterator[Arrays]:
         negatives = np.zeros(0, np.int32)
         if self.sampled is not None:
             _choose_positions(whole, self.sampled.positions, generator)
-            negatives = generator.integers(
-                1, self.sampled.num_items + 1, self.sampled.negatives
-            ).astype(np.int32)
+            negatives = self._items(self.sampled, self.sampled.negatives, generator)
+            # A place that is not trained still lends its target to the others as a negative.
+            drawn = self._items(self.sampled, whole["target"].shape, generator)
+            whole["target"] = np.where(whole["weight"] > 0, whole["target"], drawn)
         total = np.float32(max(float(whole["weight"].sum()), 1e-6))
         size = self.batch_size // self.replicas
         for replica in mine:
@@ -135,6 +135,12 @@ class TrainingBatches:
                 share = len(negatives) // self.replicas
                 _add_items(part, negatives[replica * share :][:share], self.sampled)
             yield part
+
+    @staticmethod
+    def _items(
+        sampled: SampledItems, shape: int | tuple[int, ...], generator: np.random.Generator
+    ) -> NDArray[np.int32]:
+        return generator.integers(1, sampled.num_items + 1, shape, dtype=np.int32)
 
 
 def _choose_positions(batch: Arrays, count: int, generator: np.random.Generator) -> None:
@@ -156,7 +162,9 @@ def _add_items(part: Arrays, negatives: NDArray[np.int32], sampled: SampledItems
     items = np.zeros(room, np.int32)
     items[: len(distinct)] = distinct
     part["items"] = items
-    parts = np.split(inverse[1:].astype(np.int32), np.cumsum([part["item"].size, part["target"].size]))
+    parts = np.split(
+        inverse[1:].astype(np.int32), np.cumsum([part["item"].size, part["target"].size])
+    )
     part["target_id"] = part["target"]
     part["item"] = parts[0].reshape(part["item"].shape)
     part["target"] = parts[1].reshape(part["target"].shape)

@@ -80,6 +80,8 @@ class TwoTower(TaskModel):
         )
         self._touch()
 
+    shared_keys = ("denominator", "items", "negatives", "token_ids", "padding_mask")
+
     def compute_loss(self, inputs: Mapping[str, Any], training: bool = False) -> Any:
         """Loss of one replica's part, so scaled that the sum over replicas is the batch's mean."""
         vectors = self._candidates(inputs, training)
@@ -119,6 +121,8 @@ class TwoTower(TaskModel):
         queries = tf.reshape(queries, [-1, queries.shape[-1]])
         targets = tf.reshape(inputs["target"], [-1])
         ids = tf.reshape(inputs["target_id"], [-1])
+        weights = tf.reshape(inputs["weight"], [-1])
+        uniform = 1.0 / (self._popularity.shape[0] - 1)
         negative_ids = tf.gather(inputs["items"], inputs["negatives"])
         return self.task(
             query_embeddings=tf.cast(queries, tf.float32),
@@ -127,10 +131,10 @@ class TwoTower(TaskModel):
             ),
             candidate_ids=_joined(ids, negative_ids),
             candidate_sampling_probability=_joined(
-                tf.gather(self._popularity, ids),
-                tf.fill(tf.shape(negative_ids), 1.0 / tf.cast(len(self._popularity), tf.float32)),
+                tf.where(weights > 0, tf.gather(self._popularity, ids), uniform),
+                tf.fill(tf.shape(negative_ids), uniform),
             ),
-            sample_weight=tf.reshape(inputs["weight"], [-1]),
+            sample_weight=weights,
             compute_metrics=False,
             compute_batch_metrics=False,
         )

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from tfrec.errors import ConfigError
 from tfrec.models.dropout import drawing
 from tfrec.models.keras_bridge import tf, tf_keras, tfrs
 
@@ -20,11 +21,12 @@ class TaskModel(tfrs.Model):
         the memory of one piece. Only for losses that are sums over rows.
 
     Attributes:
-      row_key: The input whose first axis are the rows that ``accumulate`` cuts, along with every
-        other input of that length.
+      row_key: An input whose first axis are the rows that ``accumulate`` cuts.
+      shared_keys: Inputs that have no such axis and go whole with every piece.
     """
 
     row_key = "segment"
+    shared_keys: tuple[str, ...] = ("denominator",)
 
     def __init__(self, accumulate: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -55,11 +57,8 @@ class TaskModel(tfrs.Model):
         if self.accumulate == 1:
             return self._piece_gradients(inputs)
         total, sums = tf.constant(0.0), [tf.zeros_like(v) for v in self.trainable_variables]
-        rows = inputs[self.row_key].shape[0]
         for piece in range(self.accumulate):
-            loss, gradients = self._piece_gradients(
-                _piece(inputs, rows, piece, self.accumulate), piece
-            )
+            loss, gradients = self._piece_gradients(self._piece(inputs, piece), piece)
             total += loss
             sums = [a + b for a, b in zip(sums, gradients, strict=True)]
         return total, sums
@@ -78,12 +77,12 @@ class TaskModel(tfrs.Model):
         # Sparse gradients are made dense: merging their rows has no static shape for XLA.
         return loss, [tf.convert_to_tensor(g) for g in gradients]
 
-
-def _piece(inputs: Mapping[str, Any], rows: int, piece: int, pieces: int) -> dict[str, Any]:
-    if rows % pieces:
-        raise ValueError(f"accumulate = {pieces} does not divide a batch of {rows} rows")
-    size = rows // pieces
-    return {
-        name: value[piece * size : (piece + 1) * size] if value.shape[0] == rows else value
-        for name, value in inputs.items()
-    }
+    def _piece(self, inputs: Mapping[str, Any], piece: int) -> dict[str, Any]:
+        rows = inputs[self.row_key].shape[0]
+        if rows % self.accumulate:
+            raise ConfigError(
+                f"accumulate = {self.accumulate} does not divide a replica's {rows} rows; "
+                "change adapt's accumulate or batch_size"
+            )
+        part = slice(piece * rows // self.accumulate, (piece + 1) * rows // self.accumulate)
+        return {n: v if n in self.shared_keys else v[part] for n, v in inputs.items()}
