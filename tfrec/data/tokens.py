@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
 
 _CHUNK = 4096  # texts tokenised at once: a bound on memory
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How well a vocabulary fits texts.
+
+    Attributes:
+      unknown: Share of the characters, spaces not counted, that are outside the vocabulary.
+        Characters are counted, not tokens: a word of unknown characters is one token.
+      characters_per_token: About 4 in a language that the tokenizer knows; near 1 where it knows
+        only the letters.
+    """
+
+    unknown: float
+    characters_per_token: float
 
 
 class TextTokenizer:
@@ -94,24 +110,18 @@ class TextTokenizer:
         rows = list(self.ids(texts))
         return padded(rows, bucket(max(map(len, rows), default=1), self.length))
 
-    def unknown_share(self, texts: Iterable[str]) -> float:
-        """Share of the texts' characters, spaces not counted, that the vocabulary does not hold.
-
-        Characters are counted, not tokens: a whole word of unknown characters is one token.
-        """
-        unknown = total = 0
+    def coverage(self, texts: Iterable[str]) -> Coverage:
+        """How well the vocabulary fits the texts."""
+        characters = unknown = tokens = 0
         for chunk in _chunks(texts):
-            total += sum(len("".join(text.split())) for text in chunk)
-            unknown += sum(map(self._unknown_characters, self._tokenizer.encode_batch(chunk)))
-        return unknown / max(total, 1)
-
-    def _unknown_characters(self, encoding: Encoding) -> int:
-        missing = self._unknown_ids
-        return sum(
-            end - start
-            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token in missing
-        )
+            for text, found in zip(chunk, self._tokenizer.encode_batch(chunk), strict=True):
+                spans = _spans(found)
+                # What was cut off after `length` tokens is not counted.
+                end = max((end for _, _, end in spans), default=0)
+                characters += sum(not c.isspace() for c in text[:end])
+                unknown += sum(b - a for token, a, b in spans if token in self._unknown_ids)
+                tokens += len(spans)
+        return Coverage(unknown / max(characters, 1), characters / max(tokens, 1))
 
     @functools.cached_property
     def _unknown_ids(self) -> frozenset[int]:
@@ -143,6 +153,12 @@ def padded(
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     return ids, mask
+
+
+def _spans(encoding: Encoding) -> list[tuple[int, int, int]]:
+    """Token, first and last character + 1, of all tokens but the special ones."""
+    rows = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return [(token, start, end) for token, (start, end), special in rows if not special]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

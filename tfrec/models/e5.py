@@ -199,6 +199,9 @@ def _tensors(packed: _Packed) -> dict[str, NDArray[np.float32]]:
         for short, name in _NORMS.items():
             out[f"{prefix}{name}.weight"] = packed.plain(f"l{number}.{short}.w", width)
             out[f"{prefix}{name}.bias"] = packed.plain(f"l{number}.{short}.b", width)
+    # The file has no pooler and nothing of ours reads one, but readers of such folders want it.
+    out["pooler.dense.weight"] = np.zeros((width, width), np.float32)
+    out["pooler.dense.bias"] = np.zeros(width, np.float32)
     return out
 
 

