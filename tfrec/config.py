@@ -113,7 +113,9 @@ class TrainingConfig(Section):
     """The settings of one fit, shared by every task of `[adapt]`."""
 
     epochs: int = Field(60, ge=1, le=100_000, description="passes over the training events")
-    batch_size: int = Field(64, ge=1, description="rows of a global batch")
+    batch_size: int = Field(
+        64, ge=1, description="rows of a global batch; fewer on data that would not fill 8 batches"
+    )
     learning_rate: float = Field(2e-3, gt=0, le=1)
     warmup_steps: int = Field(100, ge=0, description="steps of linear learning-rate warm-up")
     schedule: Literal["constant", "cosine", "linear"] = Field(

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
@@ -108,6 +109,25 @@ class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+class Optimizer(tf_keras.optimizers.AdamW):
+    """AdamW that can start again, and leaves it to us when the model gets the averaged weights."""
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Nothing: Keras calls it at the end of every fit, also where no average is wanted."""
+
+    def put_average(self, variables: Sequence[Any]) -> None:
+        """Gives the model's variables the moving average of their values."""
+        super().finalize_variable_values(variables)
+
+    def start_again(self, variables: Sequence[Any]) -> None:
+        """Takes the state of the first step of a training that begins with these values."""
+        for state in self.variables:
+            state.assign(tf.zeros_like(state))
+        if self.use_ema:
+            for average, value in zip(self._model_variables_moving_average, variables, strict=True):
+                average.assign(tf.convert_to_tensor(value))
+
+
 class Trainer:
     """A model with its optimizer, compiled once for any number of fits.
 
@@ -124,7 +144,7 @@ class Trainer:
         self.model, self.config, self.placement = model, config, placement
         with placement.strategy.scope():
             self.schedule = Schedule(config.learning_rate)
-            self.optimizer = tf_keras.optimizers.AdamW(
+            self.optimizer = Optimizer(
                 learning_rate=self.schedule,
                 weight_decay=config.weight_decay,
                 beta_2=0.98,
@@ -134,13 +154,12 @@ class Trainer:
                 ema_overwrite_frequency=None,
                 jit_compile=False,
             )
-            outer = self.optimizer
+            self.whole = self.optimizer
             if config.precision == "mixed_float16":
-                outer = tf_keras.mixed_precision.LossScaleOptimizer(outer)
-            model.compile(optimizer=outer, jit_compile=config.jit_compile and placement.compiles)
+                self.whole = tf_keras.mixed_precision.LossScaleOptimizer(self.optimizer)
+            compiled = config.jit_compile and placement.compiles
+            model.compile(optimizer=self.whole, jit_compile=compiled)
             self.optimizer.build(model.trainable_variables)
-        self._fresh = [v.numpy() for v in self.optimizer.variables]
-        self._used = False
 
     def fit(
         self,
@@ -168,7 +187,7 @@ class Trainer:
           warmup: Steps, instead of the configured ones.
           validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
           averaged: Whether it is the moving average of the weights, if there is one, that is
-            validated and kept.
+            validated and kept; only in the first fit, since the average begins with the model.
           callbacks: Further tf_keras callbacks, for tracking; they see the metrics as logs.
 
         Returns:
@@ -179,14 +198,13 @@ class Trainer:
         """
         config, steps = self.config, batches.steps_per_epoch
         epochs = epochs or config.epochs
-        self._start_afresh()
+        self.optimizer.start_again(self.model.trainable_variables)
         self.schedule.follow(
             config.warmup_steps if warmup is None else warmup,
             epochs * steps,
             schedule or config.schedule,
         )
-        averaged = averaged and config.ema > 0
-        keeper = _Keeper(self.model, self.optimizer, config, work_dir, self.placement, averaged)
+        keeper = _Keeper(self, work_dir, averaged)
         state = keeper.resume()
         over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
         if not over:
@@ -198,15 +216,8 @@ class Trainer:
                 callbacks=[_Loop(state, keeper, epochs, steps, title, validate), *callbacks],
                 verbose=0,
             )
-        keeper.restore_best(validate is not None)
+        keeper.restore_best(state)
         return state
-
-    def _start_afresh(self) -> None:
-        """Gives the optimizer the state of its first step; the model keeps its weights."""
-        if self._used:
-            for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
-                variable.assign(value)
-        self._used = True
 
 
 def fit(
@@ -230,55 +241,60 @@ def _distributed(batches: Batches, placement: Placement, first_epoch: int) -> An
 
 
 class _Keeper:
-    """Writes and reads what a training needs to go on."""
+    """Writes and reads what a training needs to go on.
 
-    def __init__(
-        self,
-        model: Any,
-        optimizer: Any,
-        config: TrainingConfig,
-        work_dir: Path,
-        placement: Placement,
-        averaged: bool,
-    ) -> None:
-        self.model, self.optimizer, self.config = model, optimizer, config
+    With several workers all must write, since reading a distributed variable takes all of them, but
+    only what the chief wrote is ever read: the others get it from him.
+    """
+
+    def __init__(self, trainer: Trainer, work_dir: Path, averaged: bool) -> None:
+        self.model, self.optimizer = trainer.model, trainer.optimizer
+        self.config, self.placement = trainer.config, trainer.placement
         self.average = averaged
-        # Every worker has to write; only the chief's files are kept in the end.
-        self.folder = work_dir if placement.chief else work_dir / f"worker-{placement.worker}"
+        chief = self.placement.chief
+        self.folder = work_dir if chief else work_dir / f"worker-{self.placement.worker}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state_file = self.folder / "state.json"
-        self.everything = tf.train.Checkpoint(model=model, optimizer=optimizer)
-        self.weights = tf.train.Checkpoint(model=model)
+        self.everything = tf.train.Checkpoint(model=self.model, optimizer=trainer.whole)
+        self.weights = tf.train.Checkpoint(model=self.model)
         self.last_saved = time.monotonic()
 
     def resume(self) -> Progress:
-        if not self.state_file.exists():
-            return Progress()
-        state = Progress(**json.loads(self.state_file.read_text("utf-8")))
-        self.everything.restore(str(self.folder / state.checkpoint)).expect_partial()
+        there = self.placement.chief and self.state_file.exists()
+        told = json.loads(self.state_file.read_text("utf-8")) if there else {}
+        state = Progress(**self.placement.from_chief(told))
+        if state.checkpoint:
+            self._read(self.everything, state.checkpoint)
         return state
 
     def save(self, state: Progress) -> None:
-        old = state.checkpoint
         name = f"epoch-{state.epoch}"
         self.everything.write(str(self.folder / name))
         state.checkpoint = name
         write_json(self.state_file, asdict(state))
-        if old and old != name:
-            _remove(self.folder, old)
+        for file in self.folder.glob("*-*.*"):
+            if file.name.split(".")[0] not in (name, f"best-{state.best_epoch}"):
+                file.unlink(missing_ok=True)
         self.last_saved = time.monotonic()
 
     def due(self) -> bool:
-        return time.monotonic() - self.last_saved >= 60 * self.config.checkpoint_minutes
+        passed = time.monotonic() - self.last_saved
+        return bool(self.placement.from_chief(passed >= 60 * self.config.checkpoint_minutes))
 
-    def save_best(self) -> None:
-        self.weights.write(str(self.folder / "best"))
+    def save_best(self, epoch: int) -> None:
+        # Named by its epoch: a kill before the next state is written leaves the one before it.
+        self.weights.write(str(self.folder / f"best-{epoch}"))
 
-    def restore_best(self, validated: bool) -> None:
-        if validated:
-            self.weights.read(str(self.folder / "best")).expect_partial()
+    def restore_best(self, state: Progress) -> None:
+        if state.best_epoch:
+            self._read(self.weights, f"best-{state.best_epoch}")
         elif self.average:
-            self.optimizer.finalize_variable_values(self.model.trainable_variables)
+            self.optimizer.put_average(self.model.trainable_variables)
+
+    def _read(self, checkpoint: Any, name: str) -> None:
+        if self.placement.chief:
+            checkpoint.read(str(self.folder / name)).expect_partial()
+        self.placement.share([*self.model.variables, *self.model.optimizer.variables])
 
     def averaged(self) -> _Averaged:
         return _Averaged(self.model, self.optimizer, self.average)
@@ -294,7 +310,7 @@ class _Averaged:
     def __enter__(self) -> None:
         if self.active:
             self.kept = [v.numpy() for v in self.model.trainable_variables]
-            self.optimizer.finalize_variable_values(self.model.trainable_variables)
+            self.optimizer.put_average(self.model.trainable_variables)
 
     def __exit__(self, *_: object) -> None:
         for variable, value in zip(self.model.trainable_variables, self.kept, strict=False):
@@ -327,6 +343,7 @@ class _Loop(tf_keras.callbacks.Callback):
             unit="step",
             mininterval=0.5,
             dynamic_ncols=True,
+            disable=not self.keeper.placement.chief,
         )
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -361,12 +378,13 @@ class _Loop(tf_keras.callbacks.Callback):
             self.model.stop_training = True
 
     def _validated(self, validate: Callable[[], Metrics]) -> Metrics:
+        placement = self.keeper.placement
         with self.keeper.averaged():
-            metrics = validate()
+            metrics: Metrics = placement.from_chief(validate() if placement.chief else {})
             if metrics[GOAL] > self.state.best:
                 self.state.best, self.state.best_epoch = metrics[GOAL], self.state.epoch
                 self.state.stale = 0
-                self.keeper.save_best()
+                self.keeper.save_best(self.state.epoch)
             else:
                 self.state.stale += 1
         return metrics
@@ -378,18 +396,15 @@ class _Loop(tf_keras.callbacks.Callback):
         self.bar.set_postfix(shown, refresh=False)
 
     def _check(self, loss: float) -> None:
-        if math.isfinite(loss):
+        weights = self.model.trainable_variables
+        if math.isfinite(loss) and all(np.isfinite(v.numpy()).all() for v in weights):
             return
         self.bar.close()
         raise TrainingDivergedError(
-            f"{self.title}: the loss became {loss} in epoch {self.state.epoch}; the last good "
+            f"{self.title}: the loss became {loss if not math.isfinite(loss) else 'nan'} in epoch "
+            f"{self.state.epoch}; the last good "
             f"state is in {self.keeper.folder}; lower learning_rate or clip_norm and run again"
         )
-
-
-def _remove(folder: Path, checkpoint: str) -> None:
-    for file in folder.glob(f"{checkpoint}.*"):
-        file.unlink(missing_ok=True)
 
 
 def discard(work_dir: Path) -> None:

@@ -58,6 +58,9 @@ from tfrec.training import Metrics, Progress, Trainer, discard
 
 Task = Literal["retrieval", "ranking"]
 
+# Small data gets smaller batches, so that an epoch has at least so many updates.
+LEAST_STEPS = 8
+
 
 def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifact:
     """Trains the model of a task on ``out/prepare`` and leaves it at ``out/adapt/<task>``.
@@ -196,6 +199,7 @@ class _Retrieval:
                 encoder=encoder if self.tokens is not None else None,
             )
         self.trainer = Trainer(self.model, config, placement)
+        self.batch_size = 0
         self.card = RetrievalCard(
             text_width=self.text.shape[1],
             attributes_width=dataset.catalog.features.shape[1],
@@ -268,9 +272,12 @@ class _Retrieval:
                 dataset.catalog.num_items,
                 *(self.tokens or (None, None)),
             )
+        rows = PackedSequences(histories, events.weight, config.history, self.job.config.seed)
+        if not self.batch_size:
+            self.batch_size = _batch_size(config.batch_size, rows, self.placement.replicas)
         return TrainingBatches(
-            PackedSequences(histories, events.weight, config.history, self.job.config.seed),
-            config.batch_size,
+            rows,
+            self.batch_size,
             self.profile,
             dataset.users.features,
             sampled,
@@ -292,6 +299,12 @@ class _Retrieval:
     def _times(self, users: Rows) -> NDArray[np.int64]:
         valid = self.job.dataset.interactions.part(VALID)
         return valid.timestamp[valid.offsets[:-1][users]]
+
+
+def _batch_size(wanted: int, rows: PackedSequences, replicas: int) -> int:
+    """Rows of a batch: fewer than ``wanted`` where the data does not fill LEAST_STEPS of them."""
+    room = len(rows.epoch(0)["item"]) // LEAST_STEPS
+    return min(wanted, max(room // replicas, 1) * replicas)
 
 
 def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64]]:
