@@ -369,7 +369,9 @@ class Recommender:
         out: list[list[Recommended]] = [[] for _ in requests]
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, request in enumerate(requests):
-            key = (request.include, *sorted((c, tuple(v)) for c, v in request.filters.items()))
+            filters = sorted((c, tuple(v)) for c, v in request.filters.items())
+            # Profiles ask for deeper lists and times for another input; nobody beside them may.
+            key = (bool(request.profile), bool(request.time), request.include, *filters)
             groups.setdefault(key, []).append(place)
         for places in groups.values():
             index = self._allowed(requests[places[0]])

@@ -1,0 +1,426 @@
+"""Recommender: what it answers, whoever asks, with a real two-tower over a small catalog."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toys import make_interactions, make_two_tower, small_config
+
+from tfrec.config import AdaptConfig
+from tfrec.data.catalog import Catalog, FeatureSchema, Users
+from tfrec.errors import InputError
+from tfrec.index import ExactIndex
+from tfrec.models.engine import TensorFlowEngine
+from tfrec.recommender import LinearItems, Policy, Recommender, Request
+
+ITEMS, NEWCOMERS = 12, 2
+GENRES = ("Drama", "War|Drama", "Comedy", "War")
+
+
+class _Engine(TensorFlowEngine):
+    """Texts become vectors by the letters they hold; all else is the real two-tower."""
+
+    def encode_text(self, texts, query=False):
+        letters = np.array([[text.count(x) for x in "abcde"] for text in texts], np.float32)
+        return letters / np.maximum(np.linalg.norm(letters, axis=1, keepdims=True), 1e-9)
+
+    def rank(self, inputs):
+        """A ranker whose one task is known: newest first."""
+        assert inputs["scalars"].shape == (*inputs["candidates"].shape[:2], 3)
+        return {"click": inputs["attributes"][:, :, 0]}
+
+
+def catalog(items: int) -> Catalog:
+    ids = ("", *(f"i{n}" for n in range(1, items + 1)))
+    return Catalog(
+        ids,
+        tuple(f"Title {n}" if n else "" for n in ids),
+        ids,
+        {
+            "genre": ("", *(GENRES[n % 4] for n in range(items))),
+            "year": ("", *(str(1990 + n % 3) for n in range(items))),
+        },
+        FeatureSchema(numeric={"year": (1991.0, 1.0)}),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_two_tower(small_config(), ITEMS)
+
+
+def make(model, items=ITEMS, **parts) -> Recommender:
+    """Six users, the last without an event; items beyond those the model was trained on are new."""
+    rng = np.random.default_rng(4)
+    items_ = catalog(items)
+    attributes = np.zeros((items + 1, 2), np.float32)
+    attributes[:, :1] = items_.features
+    text = np.abs(rng.normal(size=(items + 1, 5))).astype(np.float32)
+    text[0] = 0
+    text /= np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-9)
+    rows = np.arange(items + 1, dtype=np.int32)
+    vectors = model.encode_candidate(text, attributes, rows)
+    vectors[0] = 0
+    lengths = [5, 3, 1, 8, 2, 0]
+    users = Users(
+        tuple(f"u{u}" for u in range(6)),
+        tuple(f"u{u}" for u in range(6)),
+        ("", "", "", "", "", "eee"),
+        {"age": tuple("123456")},
+        FeatureSchema(numeric={"age": (3.0, 1.0), "size": (0.0, 1.0)}),
+    )
+    return Recommender(
+        _Engine(model, None, AdaptConfig()),
+        items_,
+        users,
+        make_interactions(lengths, ITEMS),
+        model.coding,
+        vectors,
+        text,
+        np.zeros((6, 0), np.float32),
+        **parts,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return make(model)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    weights = np.random.default_rng(7).normal(size=(ITEMS + 1, ITEMS + 1)).astype(np.float32)
+    weights[0] = weights[:, 0] = 0
+    return LinearItems(weights)
+
+
+@pytest.fixture(scope="module")
+def chain(model, linear):
+    """Two sources of candidates and a ranker."""
+    score = {"retrieval": 1.0, "linear": 0.5, "click": 0.25}
+    return make(model, policy=Policy(3, 4, score, ("click",)), linear=linear)
+
+
+def ids(answer) -> list[str]:
+    return [found.item_id for found in answer]
+
+
+def ask(recommender, k=5, **request) -> list[str]:
+    return ids(recommender.recommend([Request(**request)], k)[0])
+
+
+def seen(recommender, user: int) -> set[str]:
+    (rows,) = recommender.interactions.histories([user])
+    return {recommender.catalog.ids[row] for row in rows}
+
+
+class TestWhatMayCome:
+    @pytest.mark.parametrize("which", ["plain", "chain"])
+    def test_every_known_user_gets_all_that_he_has_not_seen_and_nothing_else(self, which, request):
+        recommender = request.getfixturevalue(which)
+        everything = set(recommender.catalog.ids[1:])
+        for user in range(5):
+            found = ask(recommender, ITEMS, user_id=f"u{user}")
+            assert set(found) == everything - seen(recommender, user)
+            assert len(found) == len(set(found))
+
+    @pytest.mark.parametrize("which", ["plain", "chain"])
+    def test_what_was_seen_comes_again_if_it_may(self, which, request):
+        recommender = request.getfixturevalue(which)
+        found = ask(recommender, ITEMS, user_id="u3", include_seen=True)
+        assert set(found) == set(recommender.catalog.ids[1:])
+
+    def test_a_raw_history_counts_as_seen_too(self, plain):
+        assert not {"i1", "i2"} & set(ask(plain, ITEMS, history=("i1", "i2")))
+        unseen = set(plain.catalog.ids[1:]) - seen(plain, 0) - {"i1"}
+        assert set(ask(plain, ITEMS, user_id="u0", history=("i1",))) == unseen
+
+    @pytest.mark.parametrize("who", [{"user_id": "u0"}, {"user_id": "new"}, {"profile": "abc"}])
+    def test_excluded_items_do_not_come_and_unknown_ones_are_passed_over(self, plain, who):
+        found = ask(plain, ITEMS, exclude=("i1", "i2", "i3", "nix"), **who)
+        assert not {"i1", "i2", "i3"} & set(found)
+        assert len(found) >= ITEMS - 3 - 5
+
+    @pytest.mark.parametrize("who", [{"user_id": "u2"}, {"user_id": "new"}, {"profile": "abc"}])
+    def test_only_included_items_come(self, plain, who):
+        found = ask(plain, ITEMS, include=("i1", "i2", "i3", "nix"), include_seen=True, **who)
+        assert set(found) == {"i1", "i2", "i3"}
+
+    def test_a_filter_takes_items_with_any_of_its_values(self, plain):
+        genre = dict(zip(plain.catalog.ids, plain.catalog.attributes["genre"], strict=True))
+        found = ask(plain, ITEMS, history=("nix",), filters={"genre": ["War", "Comedy"]})
+        assert set(found) == {i for i, g in genre.items() if "War" in g or "Comedy" in g}
+        found = ask(plain, ITEMS, history=("nix",), filters={"genre": ["Drama"]})
+        assert set(found) == {i for i, g in genre.items() if "Drama" in g}
+
+    def test_all_filters_and_the_included_must_hold_together(self, plain):
+        both = {"genre": ["War"], "year": ["1990"]}
+        expected = {"i4", "i10"}  # places 3 and 9: a genre of War by 4, the year 1990 by 3
+        assert set(ask(plain, ITEMS, filters=both)) == expected
+        assert ask(plain, ITEMS, filters=both, include=("i4", "i1")) == ["i4"]
+
+    def test_a_filter_by_an_unknown_attribute_names_those_there_are(self, plain):
+        with pytest.raises(InputError, match="'color'.*genre, year"):
+            ask(plain, filters={"color": ["red"]})
+
+    @pytest.mark.parametrize("which", ["plain", "chain"])
+    @pytest.mark.parametrize("who", [{"user_id": "u0"}, {"user_id": "new"}, {"profile": "a"}])
+    def test_where_nothing_is_allowed_the_answer_is_empty(self, which, who, request):
+        recommender = request.getfixturevalue(which)
+        assert ask(recommender, filters={"genre": ["Western"]}, **who) == []
+
+    @pytest.mark.parametrize("which", ["plain", "chain"])
+    @pytest.mark.parametrize("k", [1, 4, 7])
+    def test_exactly_k_come_where_k_exist(self, which, k, request):
+        recommender = request.getfixturevalue(which)
+        for who in ({"user_id": "u0"}, {"history": ("i3",)}, {"user_id": "u5"}, {"user_id": "x"}):
+            assert len(ask(recommender, k, **who)) == k
+
+    def test_k_below_one_is_refused(self, plain):
+        with pytest.raises(InputError, match="at least 1"):
+            plain.recommend([Request()], 0)
+
+    def test_no_request_no_answer(self, plain):
+        assert plain.recommend([], 3) == []
+
+
+class TestWhoAsks:
+    def test_a_raw_history_equals_the_user_who_has_it(self, model):
+        # Without times, ratings and attributes the two are the same to the model.
+        recommender = make(model)
+        events = recommender.interactions
+        flat = replace(
+            events,
+            timestamp=np.zeros_like(events.timestamp),
+            rating=np.full_like(events.rating, np.nan),
+            event=np.zeros_like(events.event),
+        )
+        users = Users(recommender.users.ids, recommender.users.ids, ("",) * 6)
+        users.__dict__["features"] = np.zeros((6, 2), np.float32)
+        parts = (recommender.vectors, recommender.text, recommender.profile)
+        same = Recommender(
+            recommender.engine, recommender.catalog, users, flat, model.coding, *parts
+        )
+        told = tuple(same.catalog.ids[row] for row in flat.histories([0])[0])
+        known, raw = same.recommend([Request(user_id="u0"), Request(history=told)], 5)
+        assert ids(known) == ids(raw)
+        assert [f.score for f in known] == pytest.approx([f.score for f in raw], abs=1e-6)
+
+    def test_the_order_of_a_history_matters(self, plain):
+        first, second = (
+            plain.recommend([Request(history=h)], 5)[0] for h in (("i1", "i7"), ("i7", "i1"))
+        )
+        assert [f.score for f in first] != [f.score for f in second]
+
+    def test_unknown_items_of_a_history_are_passed_over(self, plain):
+        assert ask(plain, history=("i1", "nix", "i7")) == ask(plain, history=("i1", "i7"))
+
+    def test_a_history_of_unknown_items_alone_is_none(self, plain):
+        (answer,) = plain.recommend([Request(history=("nix", "nox"))], 3)
+        assert {found.source for found in answer} == {"popular"}
+
+    def test_behaviour_is_marked(self, plain):
+        for request in (Request(user_id="u2"), Request(history=("i1",), profile="abc")):
+            (answer,) = plain.recommend([request], 3)
+            assert {found.source for found in answer} == {"behaviour"}
+
+    def test_somebody_unknown_gets_what_is_popular(self, plain):
+        (answer,) = plain.recommend([Request(user_id="new")], ITEMS)
+        counts = np.bincount(plain.interactions.item, minlength=ITEMS + 1)[1:]
+        order = np.argsort(-counts, kind="stable") + 1
+        assert ids(answer) == [f"i{row}" for row in order]
+        assert {found.source for found in answer} == {"popular"}
+
+    def test_somebody_unknown_with_a_profile_gets_what_reads_like_it(self, plain):
+        (answer,) = plain.recommend([Request(profile="b")], ITEMS)
+        assert {found.source for found in answer} == {"text"}
+        assert ids(answer)[0] == plain.catalog.ids[int(plain.text[:, 1].argmax())]
+
+    def test_a_known_user_without_events_is_answered_by_his_profile(self, plain):
+        (answer,) = plain.recommend([Request(user_id="u5")], 3)
+        assert {found.source for found in answer} == {"text"}
+        assert ids(answer) == ids(plain.recommend([Request(profile="eee")], 3)[0])
+
+    def test_a_profile_moves_the_list_of_a_known_user(self, plain):
+        liked = plain.catalog.ids[int(plain.text[:, 1].argmax())]
+        asked = {"user_id": "u4", "include_seen": True}
+        without = ask(plain, ITEMS, **asked).index(liked)
+        with_it = ask(plain, ITEMS, profile="b", **asked).index(liked)
+        assert with_it <= without
+        assert ask(plain, ITEMS, profile="b", **asked) != ask(plain, ITEMS, **asked)
+
+    def test_without_text_a_profile_falls_back_to_popularity(self, model):
+        recommender = make(model)
+        recommender.text = np.zeros((ITEMS + 1, 0), np.float32)
+        (answer,) = recommender.recommend([Request(profile="b")], 3)
+        assert {found.source for found in answer} == {"popular"}
+
+    def test_titles_come_with_the_ids_and_scores_fall(self, plain):
+        (answer,) = plain.recommend([Request(user_id="u1")], 6)
+        assert all(found.title == f"Title {found.item_id}" for found in answer)
+        scores = [found.score for found in answer]
+        assert scores == sorted(scores, reverse=True)
+
+
+REQUESTS = [
+    Request(user_id="u0"),
+    Request(user_id="u1", profile="abc"),
+    Request(history=("i1", "i2", "i3")),
+    Request(user_id="new"),
+    Request(profile="ed"),
+    Request(user_id="u2", filters={"genre": ["War"]}),
+    Request(user_id="u3", exclude=("i1",)),
+    Request(user_id="u3", include_seen=True),
+    Request(user_id="u5"),
+    Request(user_id="u4", include=("i1", "i2", "i3")),
+    Request(user_id="u4", time=1_800_000_000),
+]
+
+
+@pytest.mark.parametrize("which", ["plain", "chain"])
+def test_a_batch_answers_each_request_as_if_it_were_alone(which, request):
+    recommender = request.getfixturevalue(which)
+    together = recommender.recommend(REQUESTS, 4)
+    for asked, answer in zip(REQUESTS, together, strict=True):
+        (alone,) = recommender.recommend([asked], 4)
+        assert ids(alone) == ids(answer)
+        assert [f.score for f in alone] == pytest.approx([f.score for f in answer], abs=1e-5)
+
+
+def test_a_request_without_a_time_is_the_same_beside_one_with_a_time():
+    model = make_two_tower(small_config(request_time=True), ITEMS)
+    recommender = make(model)
+    timed = Request(user_id="u1", time=1_700_000_000)
+    (alone,) = recommender.recommend([Request(user_id="u0")], 4)
+    beside, _ = recommender.recommend([Request(user_id="u0"), timed], 4)
+    assert [f.score for f in alone] == pytest.approx([f.score for f in beside], abs=1e-6)
+
+
+class TestLists:
+    @pytest.mark.parametrize("which", ["plain", "chain"])
+    def test_they_are_what_recommend_answers(self, which, request):
+        recommender = request.getfixturevalue(which)
+        users = np.array([3, 0, 4], np.int32)
+        lists = recommender.lists(recommender.interactions, users, 4)
+        found = lists["ranking" if which == "chain" else "retrieval"]
+        for row, user in zip(found.ids, users, strict=True):
+            answer = ask(recommender, 4, user_id=f"u{user}")
+            assert [recommender.catalog.ids[i] for i in row if i] == answer
+
+    def test_they_are_of_retrieval_alone_where_there_is_nothing_else(self, plain, chain):
+        users = np.array([0], np.int32)
+        assert set(plain.lists(plain.interactions, users, 3)) == {"retrieval"}
+        both = chain.lists(chain.interactions, users, 3)
+        assert set(both) == {"retrieval", "ranking"}
+        alone = plain.lists(plain.interactions, users, 3)["retrieval"]
+        np.testing.assert_array_equal(both["retrieval"].ids, alone.ids)
+
+    def test_their_shape_is_fixed_and_missing_places_are_zero(self, chain):
+        users = np.arange(6, dtype=np.int32)
+        for found in chain.lists(chain.interactions, users, ITEMS + 3).values():
+            assert found.ids.shape == found.scores.shape == (6, ITEMS + 3)
+            assert found.ids.dtype == np.int32
+            assert (found.ids > 0).sum(axis=1).tolist() == [
+                ITEMS - len(seen(chain, user)) for user in range(6)
+            ]
+            assert (found.scores[found.ids == 0] == -np.inf).all()
+
+    def test_history_stays_in_if_it_is_not_excluded(self, chain):
+        users = np.array([3], np.int32)
+        for found in chain.lists(chain.interactions, users, ITEMS, exclude_history=False).values():
+            assert set(found.ids[0]) == set(range(1, ITEMS + 1))
+
+    def test_the_history_given_counts_and_not_the_one_that_is_known(self, plain):
+        cut = plain.interactions.select(np.arange(len(plain.interactions)) != 7)  # u1 keeps two
+        users = np.array([1], np.int32)
+        known = plain.lists(plain.interactions, users, ITEMS)["retrieval"].ids[0]
+        given = plain.lists(cut, users, ITEMS)["retrieval"].ids[0]
+        left_out = plain.interactions.item[7]
+        assert (left_out in given) == (left_out not in cut.histories([1])[0])
+        assert left_out not in known
+
+    def test_of_nobody_are_empty(self, chain):
+        nobody = np.zeros(0, np.int32)
+        for found in chain.lists(chain.interactions, nobody, 3).values():
+            assert found.ids.shape == (0, 3)
+
+
+class TestNewItems:
+    """Rows beyond those that the model was trained on."""
+
+    def test_they_have_vectors_of_their_text_and_attributes_alone(self, model):
+        recommender = make(model, ITEMS + NEWCOMERS)
+        new = recommender.vectors[-NEWCOMERS:]
+        assert np.abs(new).sum() > 0
+        attributes = np.zeros((1, 2), np.float32)
+        attributes[0, :1] = recommender.catalog.features[-1]
+        text = recommender.text[-1:]
+        unknown = model.encode_candidate(text, attributes, np.zeros(1, np.int32))
+        np.testing.assert_allclose(new[-1:], unknown, atol=1e-6)
+
+    def test_they_can_be_recommended_and_work_in_histories(self, model, linear):
+        for parts in (
+            {},
+            {"policy": Policy(4, 4, {"retrieval": 1.0, "linear": 0.5}), "linear": linear},
+        ):
+            recommender = make(model, ITEMS + NEWCOMERS, **parts)
+            found = ask(recommender, ITEMS + NEWCOMERS, history=("i1", "i13"))
+            assert set(found) == set(recommender.catalog.ids[1:]) - {"i1", "i13"}
+            (a,), (b,) = (
+                recommender.recommend([Request(history=h)], 1) for h in (("i1",), ("i1", "i14"))
+            )
+            assert a[0].score != b[0].score
+
+
+class TestScore:
+    def test_the_linear_model_brings_candidates_of_its_own(self, model):
+        only = np.zeros((ITEMS + 1, ITEMS + 1), np.float32)
+        plain = make(model)
+        worst = ask(plain, ITEMS, history=("i1",))[-1]
+        only[1, int(worst[1:])] = 1.0
+        policy = Policy(1, 4, {"retrieval": 1e-9, "linear": 1.0})
+        recommender = make(model, policy=policy, linear=LinearItems(only))
+        assert ask(recommender, 1, history=("i1",)) == [worst]
+
+    def test_the_linear_score_counts_each_item_of_a_history_once(self, linear, plain):
+        who = plain.who(plain.interactions, np.array([0, 3], np.int32))
+        found = linear.scores(who.seen)
+        for row, user in zip(found, (0, 3), strict=True):
+            own = np.unique(plain.interactions.histories([user])[0])
+            np.testing.assert_allclose(row, linear.weights[own].sum(0), rtol=1e-5)
+
+    def test_the_ranker_orders_the_candidates(self, model):
+        recommender = make(model, policy=Policy(ITEMS, 4, {"click": 1.0}, ("click",)))
+        found = ask(recommender, ITEMS, history=("i2",))
+        year = dict(zip(recommender.catalog.ids, recommender.catalog.features[:, 0], strict=True))
+        years = [float(year[i]) for i in found]
+        assert years == sorted(years, reverse=True)
+        # equal scores: the lower row first
+        assert found == sorted(found, key=lambda i: (-year[i], int(i[1:])))
+
+    def test_equal_vectors_come_in_the_order_of_their_rows(self, model):
+        recommender = make(model)
+        recommender.vectors = np.ones_like(recommender.vectors)
+        rows = np.arange(1, ITEMS + 1, dtype=np.int32)
+        recommender.index = ExactIndex.build(recommender.vectors[1:], rows)
+        assert ask(recommender, 4, history=("i2",)) == ["i1", "i3", "i4", "i5"]
+
+    def test_the_same_request_gives_the_same_list(self, chain):
+        assert chain.recommend(REQUESTS, 5) == chain.recommend(REQUESTS, 5)
+
+
+class TestPredictions:
+    def test_there_is_one_for_each_event_and_task(self, chain):
+        events = chain.interactions.select(np.arange(len(chain.interactions)) % 3 == 0)
+        told = chain.predictions(events, chain.interactions)
+        assert set(told) == {"click"}
+        assert told["click"].shape == (len(events),)
+        assert told["click"].dtype == np.float32
+        np.testing.assert_allclose(told["click"], chain.catalog.features[events.item, 0])
+
+    def test_without_a_ranker_there_are_none(self, plain):
+        assert plain.predictions(plain.interactions, plain.interactions) == {}
+
+    def test_of_no_event_they_are_empty(self, chain):
+        none = chain.interactions.select(np.zeros(len(chain.interactions), bool))
+        assert chain.predictions(none, chain.interactions)["click"].shape == (0,)
