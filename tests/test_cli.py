@@ -399,6 +399,17 @@ class TestInspect:
         assert "0.123457" in printed
         assert "seed" not in printed
 
+    def test_names_the_settings_of_a_recipe_that_leaves_out_the_outer_sections(
+        self, tmp_path, capsys
+    ):
+        recipe = {"ranking": {"epochs": 9, "hidden": 64, "score": {"click": 2.0}}, "seed": None}
+        with artifact.writing(tmp_path / "a", kind="ranking", config=recipe):
+            pass
+        assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+        printed = capsys.readouterr().out
+        shown = re.findall(r"^    (\S+) +(\S+)$", printed, re.M)
+        assert shown == [("adapt.ranking.epochs", "9"), ("adapt.ranking.score.click", "2")]
+
     def test_a_changed_byte_is_an_error(self, run, capsys):
         (run / "prepare" / "events.bin").write_bytes(bytes(1499) + b"x")
         assert cli.main(["inspect", str(run)]) == 2

@@ -10,8 +10,6 @@ from tfrec.artifact import MANIFEST, Artifact
 from tfrec.config import Config
 from tfrec.errors import ArtifactError
 
-_ABSENT = object()
-
 
 def describe(folder: Path) -> Iterator[str]:
     """Yields lines about the artifact at ``folder``, or about each artifact below it.
@@ -23,14 +21,15 @@ def describe(folder: Path) -> Iterator[str]:
     """
     folder = Path(folder)
     patterns = (MANIFEST, f"[!.]*/{MANIFEST}", f"[!.]*/[!.]*/{MANIFEST}")
-    below = sorted({found.parent for pattern in patterns for found in folder.glob(pattern)})
+    below = {found.parent for pattern in patterns for found in folder.glob(pattern)}
     if not below:
         Artifact.peek(folder)
         raise ArtifactError(f"{folder} holds no artifact")
-    for number, one in enumerate(below):
+    oldest_first = sorted(below, key=lambda path: (Artifact.peek(path).created, path))
+    for number, path in enumerate(oldest_first):
         if number:
             yield ""
-        yield from _lines(Artifact.load(one))
+        yield from _lines(Artifact.load(path))
 
 
 def _lines(artifact: Artifact) -> Iterator[str]:
@@ -40,10 +39,9 @@ def _lines(artifact: Artifact) -> Iterator[str]:
     for role, digest in sorted(artifact.parents.items()):
         yield f"  parent   {role} {digest}"
     yield from _table("metrics", _flat(artifact.metrics))
-    settings = {key: artifact.config[key] for key in artifact.config if key in Config.model_fields}
-    others = {key: artifact.config[key] for key in artifact.config if key not in settings}
-    yield from _table("settings that are not the defaults", _changed(settings))
-    yield from _table("made from", _flat(others))
+    settings, others = _settings(artifact.config)
+    yield from _table("settings that are not the defaults", settings)
+    yield from _table("made from", others)
     total = sum(entry["bytes"] for entry in artifact.files.values())
     yield f"  files    {len(artifact.files)}, {_size(total)}, every digest matches"
     for name, entry in sorted(artifact.files.items()):
@@ -57,23 +55,40 @@ def _table(title: str, values: Mapping[str, Any]) -> Iterator[str]:
     width = max(len(key) for key in values)
     for key, value in values.items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
+        if value == {}:
+            continue
         yield f"    {key:<{width}}  {shown}"
 
 
-def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a recipe that are not the defaults, and what is no setting at all."""
     defaults = _flat(Config().dump())
-    # A recipe holds None for a setting that does not touch the stage.
-    return {
-        key: value
-        for key, value in _flat(settings).items()
-        if value is not None and defaults.get(key, _ABSENT) != value
-    }
+    changed, others = {}, {}
+    for key, value in _flat(recipe).items():
+        known = _known(key, defaults)
+        if known is None:
+            others[key] = value
+        # A recipe holds None for a setting that does not touch the stage.
+        elif value is not None and value != defaults.get(known):
+            changed[known] = value
+    return changed, others
+
+
+def _known(key: str, settings: Mapping[str, Any]) -> str | None:
+    """The setting that a recipe's key names; a recipe may leave out the outer sections."""
+    for known, value in settings.items():
+        if known == key or known.endswith(f".{key}"):
+            return known
+        inner = key.rpartition(".")[0]
+        if value == {} and inner and (known == inner or known.endswith(f".{inner}")):
+            return known.removesuffix(inner) + key
+    return None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
