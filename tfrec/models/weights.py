@@ -339,13 +339,13 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
     command += ["--platform=manylinux2014_x86_64", "--platform=any", "--quiet", "--retries=2"]
     command += ["--timeout=30", "--dest", str(scratch), wheel.requirement]
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _, trouble = _watched(process, wheel, scratch)
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            _, trouble = _watched(process, wheel, scratch)
+        finally:
+            process.kill()
     found = list(scratch.glob("*.whl"))
     if process.returncode or not found:
         lines = [x for x in trouble.splitlines() if x.startswith("ERROR")] or [trouble.strip()]
