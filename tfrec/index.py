@@ -437,8 +437,12 @@ def _excluded_cells(
 def _is_listed(ids: NDArray[np.int32], lists: Ragged) -> NDArray[np.bool_]:
     """bool like ``ids`` (batch, m): whether each id is in its row's list."""
     base = np.int64(max(ids.max(initial=0), lists.ids.max(initial=0))) + 1
-    listed = np.repeat(np.arange(len(lists)), lists.lengths) * base + lists.ids
-    return np.isin(np.arange(len(ids))[:, None] * base + ids, listed)
+    listed = np.sort(np.repeat(np.arange(len(lists)), lists.lengths) * base + lists.ids)
+    wanted = np.arange(len(ids))[:, None] * base + ids
+    # Not np.isin: from numpy 2.3 it hashes, and takes over a second for a million such keys.
+    place = np.searchsorted(listed, wanted)
+    found: NDArray[np.bool_] = np.append(listed, -1)[place] == wanted
+    return found
 
 
 def _padded(scores: NDArray[np.float32], ids: NDArray[np.int32], k: int) -> TopK:

@@ -257,9 +257,21 @@ def _items(around: Round) -> int:
 def _distinct_pairs(
     events: Interactions, num_items: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    known = events.item > 0
-    keys = np.unique(events.user[known].astype(np.int64) * (num_items + 1) + events.item[known])
+    keys = pair_keys(events.select(events.item > 0), num_items)
     return keys // (num_items + 1), keys % (num_items + 1)
+
+
+def pair_keys(events: Interactions, num_items: int) -> NDArray[np.int64]:
+    """int64, ascending: ``user * (num_items + 1) + item`` of the distinct pairs of the events."""
+    # Not np.unique: from numpy 2.3 it hashes, and takes over a second for a million such keys.
+    keys = np.sort(events.user.astype(np.int64) * (num_items + 1) + events.item)
+    return keys[np.diff(keys, prepend=-1) > 0]
+
+
+def are_among(keys: NDArray[np.int64], ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each key is in a sorted array of keys that are not negative."""
+    found: NDArray[np.bool_] = np.append(ascending, -1)[np.searchsorted(ascending, keys)] == keys
+    return found
 
 
 def _projection(

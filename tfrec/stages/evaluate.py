@@ -31,11 +31,13 @@ from tfrec.index import Ragged, TopK
 from tfrec.report.measures import (
     Round,
     Row,
+    are_among,
     classification,
     compare,
     exposure_by_decile,
     headline,
     measure,
+    pair_keys,
     regression,
 )
 from tfrec.report.text import findings, protocol_notes
@@ -361,15 +363,15 @@ class _Evaluation:
         }
 
     def _protocol(self) -> dict[str, Any]:
-        around, width = self.around, len(self.dataset.catalog)
-        met = self.history.user * np.int64(width) + self.history.item
-        wanted = self.held_out.user * np.int64(width) + self.held_out.item
+        around, items = self.around, self.dataset.catalog.num_items
+        wanted = self.held_out.user * np.int64(items + 1) + self.held_out.item
+        again = are_among(wanted, pair_keys(self.history, items))
         told = {
             "split": self.config.data.split,
             "users": len(around.users),
             "targets": len(around.targets),
-            "targets_in_history": int(np.isin(wanted, met).sum()),
-            "items": self.dataset.catalog.num_items,
+            "targets_in_history": int(again.sum()),
+            "items": items,
             "items_with_events": around.items_with_events,
             "exclude_history": self.settings.exclude_history,
             "refit": self.config.adapt.refit,
@@ -406,7 +408,7 @@ def with_unobserved(
       an event is one of those given.
     """
     base = np.int64(num_items + 1)
-    met = np.unique(everything.user * base + everything.item)
+    met = pair_keys(everything, num_items)
     source = np.repeat(np.arange(len(events)), 1 + per_event)
     real = np.arange(len(source)) % (1 + per_event) == 0
     item = events.item[source]
@@ -414,7 +416,7 @@ def with_unobserved(
     for _ in range(20):
         item[open_places] = rng.integers(1, base, len(open_places))
         keys = events.user[source[open_places]] * base + item[open_places]
-        open_places = open_places[np.isin(keys, met)]
+        open_places = open_places[are_among(keys, met)]
     kept = np.ones(len(source), bool)
     kept[open_places] = False
     shown = Interactions(
