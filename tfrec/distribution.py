@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tfrec.errors import ConfigError, SetupError
 from tfrec.models.keras_bridge import tf
@@ -39,6 +43,36 @@ class Placement:
     def compiles(self) -> bool:
         """Whether XLA may compile the whole step: on one device, and always on TPUs."""
         return self.replicas == 1
+
+    def from_chief(self, value: Any) -> Any:
+        """What the chief gives here; with one worker the value itself.
+
+        All workers must call it at the same point.
+
+        Args:
+          value: What JSON can hold; only the chief's matters.
+        """
+        if self.workers == 1:
+            return value
+        given = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.int32)
+        size = int(self._chiefs(np.array([len(given)], np.int32))[0])
+        told = self._chiefs(np.resize(given, size))
+        return json.loads(told.astype(np.uint8).tobytes())
+
+    def share(self, variables: Sequence[Any]) -> None:
+        """Gives the variables of all workers the values that those of the chief have."""
+        for variable in variables if self.workers > 1 else ():
+            variable.assign(self._chiefs(variable.numpy()))
+
+    def _chiefs(self, values: NDArray[Any]) -> NDArray[Any]:
+        def summed() -> Any:
+            context = tf.distribute.get_replica_context()
+            first = tf.equal(context.replica_id_in_sync_group, 0)
+            own = tf.where(first, values, tf.zeros_like(values))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+        found = self.strategy.experimental_local_results(self.strategy.run(summed))[0]
+        return np.asarray(found.numpy())
 
 
 def place(name: str) -> Placement:

@@ -78,14 +78,15 @@ class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
     def __init__(
         self, peak: float, warmup: int = 1, steps: int = 1, shape: str = SHAPES[0]
     ) -> None:
-        self.peak = peak
-        self._warmup, self._steps, self._shape = (
-            tf.Variable(0.0, trainable=False, name=name) for name in ("warmup", "steps", "shape")
+        self._peak, self._warmup, self._steps, self._shape = (
+            tf.Variable(0.0, trainable=False, name=name)
+            for name in ("peak", "warmup", "steps", "shape")
         )
-        self.follow(warmup, steps, shape)
+        self.follow(peak, warmup, steps, shape)
 
-    def follow(self, warmup: int, steps: int, shape: str) -> None:
+    def follow(self, peak: float, warmup: int, steps: int, shape: str) -> None:
         """Takes another course, counted in updates from 0."""
+        self._peak.assign(peak)
         self._warmup.assign(float(max(min(warmup, steps), 1)))
         self._steps.assign(float(steps))
         self._shape.assign(float(SHAPES.index(shape)))
@@ -97,35 +98,16 @@ class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         span = tf.maximum(self._steps - self._warmup, 1.0)
         done = tf.clip_by_value((now - self._warmup) / span, 0.0, 1.0)
         falls = tf.stack([tf.ones_like(done), 1 - done, 0.5 * (1 + tf.cos(math.pi * done))])
-        return self.peak * rise * tf.gather(falls, tf.cast(self._shape, tf.int32))
+        return self._peak * rise * tf.gather(falls, tf.cast(self._shape, tf.int32))
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
-            "peak": self.peak,
+            "peak": float(self._peak.numpy()),
             "warmup": int(self._warmup.numpy()),
             "steps": int(self._steps.numpy()),
             "shape": SHAPES[int(self._shape.numpy())],
         }
-
-
-class Optimizer(tf_keras.optimizers.AdamW):
-    """AdamW that can start again, and leaves it to us when the model gets the averaged weights."""
-
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Nothing: Keras calls it at the end of every fit, also where no average is wanted."""
-
-    def put_average(self, variables: Sequence[Any]) -> None:
-        """Gives the model's variables the moving average of their values."""
-        super().finalize_variable_values(variables)
-
-    def start_again(self, variables: Sequence[Any]) -> None:
-        """Takes the state of the first step of a training that begins with these values."""
-        for state in self.variables:
-            state.assign(tf.zeros_like(state))
-        if self.use_ema:
-            for average, value in zip(self._model_variables_moving_average, variables, strict=True):
-                average.assign(tf.convert_to_tensor(value))
 
 
 class Trainer:
@@ -170,6 +152,7 @@ class Trainer:
         epochs: int | None = None,
         schedule: str | None = None,
         warmup: int | None = None,
+        peak: float | None = None,
         validate: Callable[[], Metrics] | None = None,
         averaged: bool = True,
         callbacks: Sequence[Any] = (),
@@ -185,6 +168,7 @@ class Trainer:
           epochs: Instead of the configured ones.
           schedule: Instead of the configured one.
           warmup: Steps, instead of the configured ones.
+          peak: Learning rate, instead of the configured one.
           validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
           averaged: Whether it is the moving average of the weights, if there is one, that is
             validated and kept; only in the first fit, since the average begins with the model.
@@ -200,6 +184,7 @@ class Trainer:
         epochs = epochs or config.epochs
         self.optimizer.start_again(self.model.trainable_variables)
         self.schedule.follow(
+            peak or config.learning_rate,
             config.warmup_steps if warmup is None else warmup,
             epochs * steps,
             schedule or config.schedule,

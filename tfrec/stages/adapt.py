@@ -58,6 +58,10 @@ from tfrec.training import Metrics, Progress, Trainer, discard
 
 Task = Literal["retrieval", "ranking"]
 
+# A refit moves the chosen weights no further than it must: half the learning rate measured better
+# than all of it, on MovieLens-100K.
+REFIT_RATE = 0.5
+
 # Small data gets smaller batches, so that an epoch has at least so many updates.
 LEAST_STEPS = 8
 
@@ -235,6 +239,7 @@ class _Retrieval:
             epochs=self.job.adapt.refit_epochs,
             schedule="cosine",
             warmup=batches.steps_per_epoch // 2,
+            peak=REFIT_RATE * self.config.learning_rate,
             averaged=False,
         )
 
