@@ -67,7 +67,8 @@ class Round:
         num_items = len(features) - 1
         user, item = _distinct_pairs(history, num_items)
         popularity = np.bincount(item, minlength=num_items + 1)
-        met = np.union1d(history.item, held_out.item)
+        met = np.zeros(num_items + 1, bool)
+        met[history.item] = met[held_out.item] = True
         if features.shape[1]:
             vectors, vectors_of = features, "item attributes"
         else:
@@ -80,7 +81,7 @@ class Round:
             offsets=np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64),
             popularity=popularity,
             num_users=history.num_users,
-            items_with_events=int(np.count_nonzero(met)),
+            items_with_events=int(np.count_nonzero(met[1:])),
             vectors=vectors,
             vectors_of=vectors_of,
         )
