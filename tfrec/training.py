@@ -110,6 +110,25 @@ class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+class Optimizer(tf_keras.optimizers.AdamW):
+    """AdamW that can start again, and leaves it to us when the model gets the averaged weights."""
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Nothing: Keras calls it at the end of every fit, also where no average is wanted."""
+
+    def put_average(self, variables: Sequence[Any]) -> None:
+        """Gives the model's variables the moving average of their values."""
+        super().finalize_variable_values(variables)
+
+    def start_again(self, variables: Sequence[Any]) -> None:
+        """Takes the state of the first step of a training that begins with these values."""
+        for state in self.variables:
+            state.assign(tf.zeros_like(state))
+        if self.use_ema:
+            for average, value in zip(self._model_variables_moving_average, variables, strict=True):
+                average.assign(tf.convert_to_tensor(value))
+
+
 class Trainer:
     """A model with its optimizer, compiled once for any number of fits.
 
