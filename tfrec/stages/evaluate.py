@@ -58,7 +58,7 @@ NAMES = {
 PURCHASE = "purchase"
 """The event type that counts as a conversion."""
 
-_PREDICTED = 20_000  # held-out events whose predictions are measured, at most
+_PREDICTED = 5_000  # held-out events whose predictions are measured, at most
 _SHOWN = 10  # titles of an example's history, and of its lists
 
 
