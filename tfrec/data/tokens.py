@@ -71,11 +71,13 @@ class TextTokenizer:
 
         Raises:
           InputError: the folder holds no tokenizer that can be read.
+          ConfigError: see above.
         """
         try:
-            return cls(_read(Path(folder)), length)
+            tokenizer = _read(Path(folder))
         except (OSError, KeyError, ValueError) as error:
             raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from None
+        return cls(tokenizer, length)
 
     @property
     def vocabulary_size(self) -> int:
