@@ -190,7 +190,7 @@ class Trainer:
           peak: Learning rate, instead of the configured one.
           validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
           averaged: Whether it is the moving average of the weights, if there is one, that is
-            validated and kept; only in the first fit, since the average begins with the model.
+            validated and kept; it begins with the weights that the model has now.
           callbacks: Further tf_keras callbacks, for tracking; they see the metrics as logs.
 
         Returns:
