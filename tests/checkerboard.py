@@ -4,7 +4,6 @@ Users and items are black or white, and users only meet items of their own colou
 order of his own. Any recommender worth its name recommends a user the items of his colour.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,13 +113,21 @@ def train(out: Path, settings: Config, tasks: Sequence[adapt.Task] = ("retrieval
     return out
 
 
-@functools.cache
+_made: dict[Path, Path] = {}
+
+
 def trained(tmp_path_factory) -> Path:
     """A run that has learned the board and reads texts; for all tests, changed by none.
 
     Its folder has the raw files and the BERT beside it, in ``files`` and ``bert``.
     """
-    folder = tmp_path_factory.mktemp("checkerboard")
+    session = tmp_path_factory.getbasetemp()
+    if session not in _made:
+        _made[session] = _trained(tmp_path_factory.mktemp("checkerboard"))
+    return _made[session]
+
+
+def _trained(folder: Path) -> Path:
     write_tiny_bert(folder / "bert")
     learns = (
         f"adapt.text={folder / 'bert'}",

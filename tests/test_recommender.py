@@ -160,7 +160,7 @@ class TestWhatMayCome:
         assert ask(plain, ITEMS, filters=both, include=("i4", "i1")) == ["i4"]
 
     def test_a_filter_by_an_unknown_attribute_names_those_there_are(self, plain):
-        with pytest.raises(InputError, match="'color'.*genre, year"):
+        with pytest.raises(InputError, match=r"'color'.*genre, year"):
             ask(plain, filters={"color": ["red"]})
 
     @pytest.mark.parametrize("which", ["plain", "chain"])

@@ -212,14 +212,18 @@ class Trainer:
         state = keeper.resume()
         over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
         if not over:
-            self.model.fit(
-                _distributed(batches, self.placement, state.epoch),
-                initial_epoch=state.epoch,
-                epochs=epochs,
-                steps_per_epoch=steps,
-                callbacks=[_Loop(state, keeper, epochs, steps, title, validate), *callbacks],
-                verbose=0,
-            )
+            loop = _Loop(state, keeper, epochs, steps, title, validate)
+            try:
+                self.model.fit(
+                    _distributed(batches, self.placement, state.epoch),
+                    initial_epoch=state.epoch,
+                    epochs=epochs,
+                    steps_per_epoch=steps,
+                    callbacks=[loop, *callbacks],
+                    verbose=0,
+                )
+            finally:
+                loop.close()
         keeper.restore_best(state)
         return state
 
@@ -351,7 +355,12 @@ class _Loop(tf_keras.callbacks.Callback):
         )
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the progress bar's line, so that what is said next, such as an error, is below."""
+        if self.bar is not None:
+            self.bar.close()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.began = time.monotonic()
@@ -403,7 +412,6 @@ class _Loop(tf_keras.callbacks.Callback):
         weights = self.model.trainable_variables
         if math.isfinite(loss) and all(np.isfinite(v.numpy()).all() for v in weights):
             return
-        self.bar.close()
         raise TrainingDivergedError(
             f"{self.title}: the loss became {loss if not math.isfinite(loss) else 'nan'} in epoch "
             f"{self.state.epoch}; the last good "

@@ -163,7 +163,8 @@ def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
     made = _Retrieval(job, placement)
     state = made.select()
     measured = {"best_epoch": state.best_epoch, "validation": state.best, "epochs": state.epoch}
-    measured |= {"train_seconds": round(state.seconds, 1), "weights": made.model.count_params()}
+    weights = sum(int(np.prod(v.shape)) for v in made.model.trainable_variables)
+    measured |= {"train_seconds": round(state.seconds, 1), "weights": weights}
     made.write(folder, "select")
     for cut in job.cuts[1:]:
         made.refit(cut)
@@ -500,8 +501,8 @@ def _choose_score(
     """Weights of the parts of the final score, chosen on the validation events.
 
     Every part is measured in standard deviations of the retrieval score within a user's
-    candidates. One part after the other, twice over, gets the weight with which validation
-    NDCG@10 is best; a part that does not gain half a percent gets none.
+    candidates. One part after the other, twice over, gets the weight with which NDCG@10 of each
+    user's first validation event is best; a part that does not gain half a percent gets none.
     """
     if config.score:
         return dict(config.score), {}
@@ -509,9 +510,7 @@ def _choose_score(
     if len(users) == 0:
         return {"retrieval": 1.0}, {}
     parts, rows = _validation_parts(base, users)
-    single = np.diff(offsets) == 1
     target = targets[offsets[:-1]]
-    parts, rows, target = {n: p[single] for n, p in parts.items()}, rows[single], target[single]
     scale = {name: _spread(values, rows > 0) for name, values in parts.items()}
     unit = {n: scale["retrieval"] / s for n, s in scale.items() if s > 0 and n != "retrieval"}
     score = {"retrieval": 1.0}
@@ -548,8 +547,11 @@ def _validation_parts(base: Recommender, users: Rows) -> tuple[dict[str, Floats]
 
 def _spread(values: Floats, used: NDArray[np.bool_]) -> float:
     """Median over users of the standard deviation among a user's candidates."""
+    several = used.sum(axis=1) > 1
+    if not several.any():
+        return 0.0
     shown = np.where(used, values, np.nan)
-    return float(np.median(np.nanstd(shown[used.sum(axis=1) > 1], axis=1)))
+    return float(np.median(np.nanstd(shown[several], axis=1)))
 
 
 def _ndcg(score: Floats, rows: Rows, target: Rows) -> float:
