@@ -428,7 +428,7 @@ class TestDoctor:
     )
     def test_ends_with_3_only_if_something_is_broken(self, findings, code, monkeypatch, capsys):
         module = types.ModuleType("tfrec.doctor")
-        module.diagnose = lambda: iter(findings)
+        module.diagnose = lambda dataset: iter(findings)
         monkeypatch.setitem(sys.modules, "tfrec.doctor", module)
         monkeypatch.setattr(tfrec, "doctor", module, raising=False)
         assert cli.main(["doctor"]) == code

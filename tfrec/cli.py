@@ -455,9 +455,19 @@ def _add_looks(verbs: Verbs) -> None:
         help="check that this machine and its packages can do the work",
         description="Check that this machine and its packages can do the work; ends with 3 if "
         "something is broken.",
-        epilog=_examples(("before asking for help", "tfrec doctor")),
+        epilog=_examples(
+            ("before asking for help", "tfrec doctor"),
+            ("does the text model know the catalog's language?", "tfrec doctor runs/shop"),
+        ),
     )
     doctor.set_defaults(handler=_doctor)
+    doctor.add_argument(
+        "folder",
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        help="a run or a prepared dataset whose texts are looked at too",
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -471,7 +481,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from tfrec import doctor
 
-    return _print_findings(doctor.diagnose())
+    return _print_findings(doctor.diagnose(arguments.folder))
 
 
 def _print_findings(findings: Iterable[tuple[str, str]]) -> int:
