@@ -189,6 +189,13 @@ def test_the_json_is_the_whole_report_and_draws_the_same_page(tree, folder, page
     assert (tmp_path / "report.html").read_text("utf-8") == page
 
 
+def test_the_headline_is_the_last_model_even_where_another_did_better(tree, tmp_path):
+    last = tree["models"][0]
+    report.write(tree | {"models": tree["models"][::-1], "comparisons": []}, tmp_path)
+    head = (tmp_path / "report.html").read_text("utf-8").partition("</header>")[0]
+    assert f"<b>{last['metrics']['ndcg@10']['mean']:.4f}</b>" in head
+
+
 def test_sections_without_data_are_left_out(tree, tmp_path):
     bare = tree | {"predictions": {}, "examples": [], "learning": [], "ks": [10], "comparisons": []}
     report.write(bare, tmp_path)
