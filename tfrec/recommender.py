@@ -89,14 +89,28 @@ class LinearItems:
     weights: Floats
 
     def scores(self, histories: Ragged) -> Floats:
-        """float32 (batch, n + 1); each item of a history counts once."""
-        rows = len(self.weights)
-        seen = np.zeros((len(histories), rows), np.float32)
+        """float32 (batch, n + 1), of every item; each item of a history counts once."""
+        user, item = self._met(histories)
+        met = np.zeros((len(histories), len(self.weights)), np.float32)
+        met[user, item] = 1
+        return met @ self.weights
+
+    def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
+        """float32 (batch, c), of the items int32 (batch, c) alone; cheap where c is small."""
+        user, item = self._met(histories)
+        out = np.zeros(rows.shape, np.float32)
+        known = rows < len(self.weights)
+        wanted = np.where(known, rows, 0)
+        np.add.at(out, user, self.weights[item[:, None], wanted[user]])
+        return out * known
+
+    def _met(self, histories: Ragged) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """User and item of everything met, without the unknown, items added later, and repeats."""
+        width = len(self.weights)
         user = np.repeat(np.arange(len(histories)), histories.lengths)
-        known = histories.ids < rows
-        seen[user[known], histories.ids[known]] = 1
-        seen[:, 0] = 0
-        return seen @ self.weights
+        known = (histories.ids > 0) & (histories.ids < width)
+        user, item = np.divmod(np.unique(user[known] * width + histories.ids[known]), width)
+        return user, item
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +366,7 @@ class Recommender:
             rows = events.item[start : start + BLOCK][:, None]
             linear = np.zeros(rows.shape, np.float32)
             if self.linear is not None:
-                linear = np.take_along_axis(self.linear.scores(asked.seen), rows, axis=1)
+                linear = self.linear.scores_of(asked.seen, rows)
             parts = self.parts(asked, self.queries(asked), rows, linear, rank=True)
             for task, values in out.items():
                 values.append(parts[task][:, 0])

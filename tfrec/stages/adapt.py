@@ -485,7 +485,7 @@ def _scalars(base: Recommender, query: Floats, histories: Histories, rows: Rows)
     linear = np.zeros(rows.shape, np.float32)
     if base.linear is not None:
         seen = Ragged(histories.offsets, histories.item)
-        linear = np.take_along_axis(base.linear.scores(seen), rows, axis=1)
+        linear = base.linear.scores_of(seen, rows)
     return scalars(retrieval, linear, base.popularity[rows])
 
 
