@@ -1,0 +1,362 @@
+"""adapt: a model that is complete on disk, made once, resumed after a kill, for any kind of data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import checkerboard as board
+import numpy as np
+import pytest
+from tiny_bert import write_tiny_bert
+
+from tfrec.artifact import Artifact
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import VALID, Interactions
+from tfrec.errors import ArtifactError, InputError
+from tfrec.models.engine import load_recommender, load_two_tower
+from tfrec.stages import adapt, prepare
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the checkerboard with a frozen BERT; changed by no test."""
+    return board.trained(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Files, and a run of them by the tiny settings; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("small")
+    board.write(folder)
+    return board.train(folder / "run", board.config(folder)).parent
+
+
+def artifact(out, task="retrieval") -> Artifact:
+    return Artifact.load(out / "adapt" / task, task)
+
+
+def vectors(out, cut="select") -> np.ndarray:
+    return np.load(artifact(out).file(f"{cut}/vectors.npy"), allow_pickle=False)
+
+
+def told(out, task="ranking") -> dict:
+    return json.loads(artifact(out, task).file("model.json").read_text())
+
+
+class TestArtifacts:
+    def test_they_hold_what_serving_needs(self, finished):
+        names = set(artifact(finished).files)
+        assert {"model.json", "history.json", "text.npy", "profile.npy"} <= names
+        for cut in ("select", "test", "final"):
+            assert {f"{cut}/vectors.npy", f"{cut}/weights.index"} <= names
+        assert {"model.json", "history.json", "weights.index", "final/linear.npy"} <= set(
+            artifact(finished, "ranking").files
+        )
+
+    def test_they_name_their_parents(self, finished):
+        dataset = Artifact.load(finished / "prepare")
+        assert artifact(finished).parents == {"dataset": dataset.digest}
+        assert artifact(finished, "ranking").parents == {
+            "dataset": dataset.digest,
+            "retrieval": artifact(finished).digest,
+        }
+
+    def test_nothing_unfinished_is_left_beside_them(self, finished):
+        assert sorted(p.name for p in (finished / "adapt").iterdir()) == ["ranking", "retrieval"]
+
+    def test_the_learning_curve_has_a_record_of_each_epoch(self, finished):
+        history = json.loads(artifact(finished).file("history.json").read_text())
+        assert [record["epoch"] for record in history] == list(range(1, 31))
+        assert ["ndcg@10" in record for record in history] == ([False] * 9 + [True]) * 3
+
+    @pytest.mark.parametrize("cut", ["select", "test", "final"])
+    def test_a_reloaded_model_encodes_as_the_trained_one_did(self, finished, cut):
+        dataset = Dataset.load(finished / "prepare")
+        model, text = load_two_tower(artifact(finished), dataset, cut)
+        rows = np.arange(len(dataset.catalog), dtype=np.int32)
+        again = model.encode_candidate(text, dataset.catalog.features, rows)
+        np.testing.assert_allclose(again[1:], vectors(finished, cut)[1:], atol=1e-6)
+        assert not vectors(finished, cut)[0].any()
+
+    def test_the_cuts_differ(self, finished):
+        made = [vectors(finished, cut) for cut in ("select", "test", "final")]
+        for first, second in ((0, 1), (1, 2), (0, 2)):
+            assert np.abs(made[first] - made[second]).max() > 1e-4
+
+
+class TestWhatWasDoneBefore:
+    def test_the_same_recipe_is_not_trained_again(self, small, monkeypatch):
+        monkeypatch.setattr(adapt, "Trainer", None)
+        before = artifact(small / "run")
+        again = adapt.run(board.config(small), small / "run", "retrieval")
+        assert (again.digest, again.created) == (before.digest, before.created)
+
+    def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(self, small, tmp_path):
+        (tmp_path / "prepare").symlink_to(small / "run" / "prepare")
+        tiny = board.config(small, "adapt.refit=false")
+        adapt.run(tiny, tmp_path, "retrieval")
+        np.testing.assert_array_equal(vectors(tmp_path), vectors(small / "run"))
+        assert told(tmp_path, "retrieval")["cuts"] == ["select"]
+        assert not any(name.startswith(("test/", "final/")) for name in artifact(tmp_path).files)
+
+        first = artifact(tmp_path).digest
+        other = board.config(small, "adapt.refit=false", "seed=2", "adapt.retrieval.epochs=1")
+        adapt.run(other, tmp_path, "retrieval")
+        assert artifact(tmp_path).digest != first
+        assert np.abs(vectors(tmp_path) - vectors(small / "run")).max() > 1e-3
+        # without refits the chosen weights serve every purpose
+        rows = load_recommender(tmp_path).vectors
+        np.testing.assert_array_equal(rows, vectors(tmp_path))
+
+    def test_a_ranker_is_refused_beside_a_retrieval_of_another_digest(self, small, tmp_path):
+        for part in ("prepare", "adapt/ranking"):
+            (tmp_path / part).parent.mkdir(exist_ok=True)
+            (tmp_path / part).symlink_to(small / "run" / part)
+        other = board.config(small, "adapt.retrieval.epochs=1", "seed=2")
+        adapt.run(other, tmp_path, "retrieval")
+        with pytest.raises(ArtifactError, match="adapt --task ranking"):
+            load_recommender(tmp_path)
+
+
+CODE = """
+import sys
+sys.path[:0] = {path!r}
+import conftest, checkerboard as board
+from pathlib import Path
+from tfrec import cli
+sys.exit(cli.main(["adapt", "files", "--task", "retrieval", "--out", sys.argv[1],
+    *(part for s in board.arguments(Path(sys.argv[2]), *sys.argv[3:]) for part in ("--set", s))]))
+"""
+
+
+def command(small, out, *settings: str) -> list[str]:
+    path = [p for p in sys.path if p]
+    code = CODE.format(path=path)
+    return [sys.executable, "-c", code, str(out), str(small), *settings]
+
+
+def wait_for_epoch(process, out, epoch: int) -> None:
+    """Until a checkpoint of at least this epoch is on disk."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        for state in out.glob("adapt/.retrieval.work/*/select/state.json"):
+            if json.loads(state.read_text())["epoch"] >= epoch:
+                return
+        time.sleep(0.05)
+    raise AssertionError("no epoch was finished in time")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_training_that_was_stopped_goes_on_where_it_was(sent, code, small, tmp_path):
+    (tmp_path / "prepare").symlink_to(small / "run" / "prepare")
+    settings = ("adapt.retrieval.epochs=600", "adapt.refit=false", "adapt.retrieval.patience=0")
+    line = command(small, tmp_path, *settings)
+    environment = {k: v for k, v in os.environ.items() if k != "TFREC_DEBUG"}
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_epoch(process, tmp_path, 3)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    if sent == signal.SIGINT:
+        assert said.splitlines()[-1].startswith("tfrec: interrupted")
+    assert not (tmp_path / "adapt" / "retrieval").exists()
+    (state,) = tmp_path.glob("adapt/.retrieval.work/*/select/state.json")
+    stopped = json.loads(state.read_text())
+    assert 3 <= stopped["epoch"] < 600
+    # The same recipe in this process, so that only the epochs left are seen.
+    done = board.config(small, *settings)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt._Job, "trackers", lambda *_: [_Watch(seen, stopped["epoch"] + 4)])
+        with pytest.raises(KeyboardInterrupt):
+            adapt.run(done, tmp_path, "retrieval")
+    assert seen[0] == stopped["epoch"]
+    assert json.loads(state.read_text())["history"][: stopped["epoch"]] == stopped["history"]
+
+
+def _Watch(seen: list[int], last: int):
+    from tfrec.models.keras_bridge import tf_keras
+
+    class Watch(tf_keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            seen.append(epoch)
+            if epoch == last:
+                raise KeyboardInterrupt
+
+    return Watch()
+
+
+def test_a_resumed_training_ends_as_an_undisturbed_one(small, tmp_path, monkeypatch):
+    (tmp_path / "prepare").symlink_to(small / "run" / "prepare")
+    tiny = board.config(small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt._Job, "trackers", lambda *_: [_Watch([], 1)])
+        with pytest.raises(KeyboardInterrupt):
+            adapt.run(tiny, tmp_path, "retrieval")
+    adapt.run(tiny, tmp_path, "retrieval")
+    for cut in ("select", "final"):
+        np.testing.assert_allclose(vectors(tmp_path, cut), vectors(small / "run", cut), atol=1e-6)
+
+
+class TestKindsOfData:
+    """Each run is tiny and stands for several kinds at once."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        def run(*settings, items=True, **data):
+            board.write(tmp_path, **data)
+            config = board.config(tmp_path, *settings, items=items)
+            out = board.train(tmp_path / "run", config)
+            recommender = load_recommender(out)
+            users = np.arange(4, dtype=np.int32)
+            known = recommender.interactions
+            for found in recommender.lists(known, users, 3).values():
+                assert (found.ids > 0).all()
+                assert np.isfinite(found.scores).all()
+            told = recommender.predictions(known, known)
+            assert all(np.isfinite(values).all() for values in told.values())
+            return out, recommender
+
+        return run
+
+    def test_time_split_without_ratings_and_without_items(self, run):
+        out, recommender = run("data.split=time", items=False, ratings=False)
+        assert told(out)["tasks"] == ["click"]
+        assert recommender.text.shape[1] == 0
+        assert recommender.catalog.features.shape[1] == 0
+        assert np.isfinite(artifact(out, "ranking").metrics["validation"])
+
+    def test_cold_items_with_purchases_and_the_sampled_loss(self, run):
+        out, _ = run(
+            "data.split=item_cold",
+            "adapt.retrieval.loss=sampled",
+            "adapt.retrieval.positions=4",
+            "adapt.retrieval.uniform_negatives=8",
+            purchases=True,
+        )
+        assert told(out)["tasks"] == ["click", "like", "rating", "conversion"]
+
+    def test_cold_users_with_hard_negatives(self, run):
+        run(
+            "data.split=user_cold",
+            "adapt.retrieval.loss=sampled",
+            "adapt.retrieval.positions=4",
+            "adapt.retrieval.uniform_negatives=8",
+            "adapt.retrieval.hard_negatives=4",
+        )
+
+    def test_no_split_and_no_linear_model(self, run):
+        out, _ = run("data.split=none", "adapt.ranking.linear_items=0")
+        assert told(out, "retrieval")["cuts"] == ["select"]
+        assert told(out)["score"] == {"retrieval": 1.0}
+        assert told(out)["linear"] is None
+
+    def test_a_score_that_is_given_is_taken(self, run):
+        score = {"retrieval": 1.0, "click": 0.5, "like": 0.25, "linear": 2.0}
+        out, recommender = run(f"adapt.ranking.score={json.dumps(score)}")
+        assert told(out)["score"] == score
+        assert recommender.policy.ranks
+
+
+class TestTooLittle:
+    """Either it works, or one line says what is lacking."""
+
+    def attempt(self, folder, lines, *settings):
+        (folder / "events.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(lines) + "\n")
+        config = board.config(folder, *settings, items=False)
+        return board.train(folder / "run", config)
+
+    def test_two_items(self, tmp_path):
+        lines = [f"u{u},i{u % 2},{t}" for u in range(6) for t in range(4)]
+        out = self.attempt(tmp_path, lines)
+        assert load_recommender(out).recommend([], 1) == []
+
+    def test_a_single_user(self, tmp_path):
+        with pytest.raises(InputError, match="at least two events and an item"):
+            self.attempt(tmp_path, [f"u,i{t},{t}" for t in range(5)], "data.split=none")
+
+    def test_one_event_of_each_user(self, tmp_path):
+        with pytest.raises(InputError, match="at least two events"):
+            self.attempt(tmp_path, [f"u{u},i{u % 3},{u}" for u in range(6)], "data.split=none")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    folder = board.write(tmp_path_factory.mktemp("full"))
+    write_tiny_bert(folder / "bert")
+    settings = (
+        f"adapt.text={folder / 'bert'}",
+        "adapt.text_mode=full",
+        "adapt.retrieval.positions=4",
+        "adapt.retrieval.uniform_negatives=8",
+        "adapt.retrieval.epochs=1",
+        'data.item_text=["title"]',
+    )
+    return board.train(folder / "run", board.config(folder, *settings), ["retrieval"])
+
+
+class TestTextTrainedEndToEnd:
+    def test_the_bert_itself_changes_and_each_cut_has_texts_of_its_own(self, full):
+        found = artifact(full)
+        before = np.load(found.file("text.npy"))
+        select, final = (np.load(found.file(f"{cut}/text.npy")) for cut in ("select", "final"))
+        assert np.abs(select - before).max() > 1e-4
+        assert np.abs(final - select).max() > 1e-5
+
+    def test_the_reloaded_bert_reads_as_the_trained_one_did(self, full):
+        recommender = load_recommender(full)
+        texts = recommender.catalog.texts[1:4]
+        again = recommender.engine.encode_text(texts)
+        np.testing.assert_allclose(again, recommender.text[1:4], atol=1e-5)
+
+
+class TestScore:
+    def test_held_out_events_are_those_of_each_user(self, small):
+        dataset = Dataset.load(small / "run" / "prepare")
+        users, targets, offsets = adapt.held_out(dataset)
+        valid: Interactions = dataset.interactions.part(VALID)
+        for place, user in enumerate(users):
+            start, stop = offsets[place : place + 2]
+            assert targets[start:stop].tolist() == valid.histories([user])[0].tolist()
+
+    def test_ndcg_is_that_of_the_definition(self):
+        rows = np.array([[1, 2, 3], [1, 2, 3], [4, 5, 0], [4, 5, 0]], np.int32)
+        score = np.array([[3, 2, 1], [3, 2, 1], [1, 2, 9], [1, 2, 9]], np.float32)
+        # places 1 and 3; place 2, the padding's 9 not counted; not among the candidates
+        target = np.array([1, 3, 4, 7], np.int32)
+        expected = (1 + 1 / 2 + 1 / np.log2(3) + 0) / 4
+        assert adapt._ndcg(score, rows, target) == pytest.approx(expected)
+
+
+def test_the_checkerboard_is_recovered(finished):
+    recommender = load_recommender(finished, cut="test")
+    dataset = Dataset.load(finished / "prepare")
+    users = np.arange(board.USERS, dtype=np.int32)
+    for name, found in recommender.lists(recommender.interactions, users, 3).items():
+        right = [
+            board.colour(recommender.catalog.ids[row]) == board.colour(dataset.users.ids[user])
+            for user, ids in zip(users, found.ids, strict=True)
+            for row in ids
+        ]
+        assert np.mean(right) > 0.95, name
+
+
+def test_without_a_prepared_dataset_it_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match="run the stage that makes it first"):
+        adapt.run(board.config(tmp_path), tmp_path, "retrieval")
+
+
+def test_ranking_without_retrieval_says_so(tmp_path):
+    board.write(tmp_path, users=6, items=16)
+    tiny = board.config(tmp_path)
+    prepare.run(tiny, tmp_path / "run")
+    with pytest.raises(ArtifactError, match="retrieval"):
+        adapt.run(tiny, tmp_path / "run", "ranking")
+    assert not (tmp_path / "run" / "adapt").exists()
