@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ class Placement:
         return np.asarray(found.numpy())
 
 
+@functools.cache
 def place(name: str) -> Placement:
     """Makes the strategy of ``adapt.distribution``.
 

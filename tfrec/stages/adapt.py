@@ -9,8 +9,7 @@ events (cut ``final``, which recommends).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,15 +94,13 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
     found = None if force else current(folder, kind=task, config=recipe, parents=parents)
     if found is not None:
         return found
+    placement = place(config.adapt.distribution)
     digest = recipe_digest(task, recipe, parents)
     work = folder.with_name(f".{task}.work") / digest[:16]
-    if force:
+    if force and placement.chief:
         discard(work)
-    job = _Job(config, out, work, Dataset.load(parents["dataset"]), parents)
-    make = _retrieval if task == "retrieval" else _ranking
-    with _publishing(job, folder, task, recipe) as (draft, measured):
-        measured |= make(job, draft)
-    discard(work.parent)
+    job = _Job(config, out, work, Dataset.load(parents["dataset"]), parents, placement)
+    _publish(job, folder, task, recipe)
     return Artifact.peek(folder, task)
 
 
@@ -124,6 +121,7 @@ class _Job:
     work: Path
     dataset: Dataset
     parents: Mapping[str, Artifact]
+    placement: Placement
 
     @property
     def adapt(self) -> AdaptConfig:
@@ -142,15 +140,17 @@ class _Job:
         return callbacks(self.adapt.tracking, self.out, name, self.config.dump())
 
 
-@contextmanager
-def _publishing(
-    job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Only the chief publishes; other workers write to a folder of their own."""
+def _publish(job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]) -> None:
+    """Trains and publishes. Every worker writes, for TensorFlow's sake; the chief's is kept."""
     began = time.monotonic()
-    with writing(folder, kind=task, config=recipe, parents=job.parents) as draft:
-        yield draft.path, draft.metrics
+    make = _retrieval if task == "retrieval" else _ranking
+    placement = job.placement
+    mine = folder if placement.chief else folder.with_name(f".{task}.worker-{placement.worker}")
+    with writing(mine, kind=task, config=recipe, parents=job.parents) as draft:
+        draft.metrics |= make(job, draft.path)
         draft.metrics["seconds"] = round(time.monotonic() - began, 1)
+    placement.from_chief(None)  # nobody goes on before the chief has published
+    discard(job.work.parent if placement.chief else mine)
 
 
 # --- retrieval ---
@@ -159,8 +159,7 @@ def _publishing(
 def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
     set_seed(job.config.seed)
     set_precision(job.adapt.retrieval.precision)
-    placement = place(job.adapt.distribution)
-    made = _Retrieval(job, placement)
+    made = _Retrieval(job)
     state = made.select()
     measured = {"best_epoch": state.best_epoch, "validation": state.best, "epochs": state.epoch}
     weights = sum(int(np.prod(v.shape)) for v in made.model.trainable_variables)
@@ -179,15 +178,15 @@ def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
 class _Retrieval:
     """A two-tower in training."""
 
-    def __init__(self, job: _Job, placement: Placement) -> None:
-        self.job, self.placement = job, placement
+    def __init__(self, job: _Job) -> None:
+        self.job, self.placement = job, job.placement
         dataset, config = job.dataset, job.adapt.retrieval
         self.config: RetrievalConfig = config
         train = cut_of(dataset.interactions, "select")
         if len(train) == 0:
             raise InputError("there is no training event; the dataset has only held-out ones")
         coding = EventCoding.of(train)
-        with placement.strategy.scope():
+        with self.placement.strategy.scope():
             encoder = _encoder(job.adapt, dataset)
             self.tokens = _tokens(encoder, dataset) if job.adapt.text_mode == "full" else None
             self.text = _encoded(encoder, dataset.catalog, "passage")
@@ -203,7 +202,7 @@ class _Retrieval:
                 popularity=(share / share.sum()).astype(np.float32),
                 encoder=encoder if self.tokens is not None else None,
             )
-        self.trainer = Trainer(self.model, config, placement)
+        self.trainer = Trainer(self.model, config, self.placement)
         self.batch_size = 0
         self.card = RetrievalCard(
             text_width=self.text.shape[1],
@@ -381,8 +380,7 @@ def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
     base.linear = _read_linear(folder, "select")
     base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0})
     tasks = _tasks(job.dataset)
-    placement = place(job.adapt.distribution)
-    ranker, sizes, state = _train_ranker(job, base, tasks, placement)
+    ranker, sizes, state = _train_ranker(job, base, tasks)
     assert isinstance(base.engine, TensorFlowEngine)
     base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
     base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
@@ -436,7 +434,7 @@ def _tasks(dataset: Dataset) -> tuple[str, ...]:
 
 
 def _train_ranker(
-    job: _Job, base: Recommender, tasks: tuple[str, ...], placement: Placement
+    job: _Job, base: Recommender, tasks: tuple[str, ...]
 ) -> tuple[Ranker, dict[str, Any], Progress]:
     dataset, config = job.dataset, job.adapt.ranking
     train = base.interactions
@@ -461,13 +459,13 @@ def _train_ranker(
         user_attributes=dataset.users.features,
         scalars_of=lambda users, query, histories, rows: _scalars(base, query, histories, rows),
         seed=job.config.seed,
-        replicas=placement.replicas,
+        replicas=job.placement.replicas,
         tasks=tasks,
     )
-    with placement.strategy.scope():
+    with job.placement.strategy.scope():
         ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
     ranker.adapt_scalars(batches.sample_scalars())
-    state = Trainer(ranker, config, placement).fit(
+    state = Trainer(ranker, config, job.placement).fit(
         batches,
         work_dir=job.work / "select",
         title="ranking",
