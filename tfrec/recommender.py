@@ -132,9 +132,8 @@ class Who:
     def __len__(self) -> int:
         return len(self.histories)
 
-    def slice(self, start: int, stop: int) -> Who:
-        """Those from ``start`` to ``stop``."""
-        index = np.arange(start, min(stop, len(self)))
+    def take(self, index: NDArray[np.integer]) -> Who:
+        """Those of the given places, in their order."""
         time = None if self.request_time is None else self.request_time[index]
         return Who(self.histories.take(index), self.profile[index], self.attributes[index], time)
 
@@ -266,7 +265,7 @@ class Recommender:
     def _all(self, asked: Who, k: int, exclude_history: bool, policy: Policy) -> TopK:
         parts = [TopK(np.zeros((0, k), np.float32), np.zeros((0, k), np.int32))]
         for start in range(0, len(asked), BLOCK):
-            block = asked.slice(start, start + BLOCK)
+            block = asked.take(np.arange(start, min(start + BLOCK, len(asked))))
             exclude = block.seen if exclude_history else None
             parts.append(self.chain(block, k, exclude, self.index, policy))
         return TopK(
@@ -360,14 +359,17 @@ class Recommender:
           Task -> float32 (n,); empty without a ranker.
         """
         out: dict[str, list[Floats]] = {task: [] for task in self.policy.tasks}
+        users, place = np.unique(events.user, return_inverse=True)
+        everyone = self.who(history, users)
+        queries = self.queries(everyone)
         for start in range(0, len(events) if out else 0, BLOCK):
-            users = events.user[start : start + BLOCK]
-            asked = self.who(history, users)
+            index = place[start : start + BLOCK]
+            asked = everyone.take(index)
             rows = events.item[start : start + BLOCK][:, None]
             linear = np.zeros(rows.shape, np.float32)
             if self.linear is not None:
                 linear = self.linear.scores_of(asked.seen, rows)
-            parts = self.parts(asked, self.queries(asked), rows, linear, rank=True)
+            parts = self.parts(asked, queries[index], rows, linear, rank=True)
             for task, values in out.items():
                 values.append(parts[task][:, 0])
         return {task: np.concatenate([*v, np.zeros(0, np.float32)]) for task, v in out.items()}
@@ -402,12 +404,7 @@ class Recommender:
         counts = np.diff(asked.histories.offsets)
         known = np.flatnonzero(counts)
         if len(known):
-            who = Who(
-                asked.histories.take(known),
-                asked.profile[known],
-                asked.attributes[known],
-                None if asked.request_time is None else asked.request_time[known],
-            )
+            who = asked.take(known)
             deep = max(k, FUSED) if any(requests[p].profile for p in known.tolist()) else k
             found = self.chain(who, deep, exclude.take(known), index, self.policy)
             for place, ids, scores in zip(known.tolist(), found.ids, found.scores, strict=True):
