@@ -251,7 +251,10 @@ def test_what_is_no_bert_on_the_hub_is_not_kept(hub, tiny, cache):
 
 
 def test_a_repository_that_cannot_be_had_is_one_line():
-    with pytest.raises(SetupError, match="model hub cannot be used: HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        SetupError,
+        match="no folder 'acme/films' here, and the model hub cannot be used: HF_HUB_OFFLINE",
+    ):
         weights.find("acme/films")
 
 

@@ -250,18 +250,19 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def _from_hub_or_cache(repository: str) -> Path:
-    path = cached(repository)
-    if path is None:
-        with _publishing(repository) as partial:
-            _from_hub(repository, partial)
-            _bert(partial)
+    if cached(repository) is None:
+        try:
+            with _publishing(repository) as partial:
+                _from_hub(repository, partial)
+                _bert(partial)
+        except SetupError as error:
+            raise SetupError(f"there is no folder '{repository}' here, and {error}") from None
     return _bert(cache_dir() / _safe(repository))
 
 
 def _from_hub(repository: str, out: Path) -> None:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise SetupError("the package huggingface_hub is not installed") from None
     reason = hub_trouble(repository)
@@ -271,7 +272,7 @@ def _from_hub(repository: str, out: Path) -> None:
         huggingface_hub.snapshot_download(
             repository, allow_patterns=list(_HUB_FILES), local_dir=str(out)
         )
-    except (HfHubHTTPError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - it and the clients below raise whatever they like
         first = str(error).strip().partition("\n")[0]
         raise SetupError(f"the model hub does not give '{repository}': {first}") from None
     shutil.rmtree(out / ".cache", ignore_errors=True)
