@@ -77,6 +77,6 @@ def test_the_configuration_of_the_run_lies_in_its_folder(calls, tmp_path):
 
 
 def test_data_that_cannot_be_read_leaves_no_configuration(tmp_path):
-    with pytest.raises(ConfigError, match="data.interactions"):
+    with pytest.raises(ConfigError, match=r"data\.interactions"):
         pipeline.run(config(), tmp_path / "run", say=lambda _: None)
     assert not any((tmp_path / "run").rglob("*.json"))

@@ -1,4 +1,4 @@
-"""adapt: a model that is complete on disk, made once, resumed after a kill, for any kind of data."""
+"""adapt: a model complete on disk, made once, resumed after a kill, for any kind of data."""
 
 import json
 import os

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tfrec.errors import ConfigError
 from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import tf, tf_keras
 
@@ -37,7 +38,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         if width % heads:
-            raise ValueError(f"heads = {heads} must divide the width {width}")
+            raise ConfigError(f"heads = {heads} must divide the width {width} (embedding_dim)")
         self.settings = {
             "width": width,
             "length": length,

@@ -9,7 +9,8 @@ events (cut ``final``, which recommends).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, VALID
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.distribution import Placement, place
-from tfrec.errors import InputError
+from tfrec.errors import InputError, SetupError
 from tfrec.index import Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.engine import (
@@ -147,10 +148,25 @@ def _publish(job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]) -> 
     placement = job.placement
     mine = folder if placement.chief else folder.with_name(f".{task}.worker-{placement.worker}")
     with writing(mine, kind=task, config=recipe, parents=job.parents) as draft:
-        draft.metrics |= make(job, draft.path)
+        with _disk_errors(folder):
+            draft.metrics |= make(job, draft.path)
         draft.metrics["seconds"] = round(time.monotonic() - began, 1)
     placement.from_chief(None)  # nobody goes on before the chief has published
     discard(job.work.parent if placement.chief else mine)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk as TensorFlow and NumPy tell it: neither gives the error its number."""
+    try:
+        yield
+    except (tf.errors.ResourceExhaustedError, tf.errors.UnknownError, OSError) as error:
+        if "No space left on device" not in str(error) and " requested and " not in str(error):
+            raise
+        raise SetupError(
+            f"no space left on the disk while making {folder}; free some and run the same command "
+            "again, which goes on from the last checkpoint"
+        ) from None
 
 
 # --- retrieval ---
