@@ -317,6 +317,22 @@ class TestTextTrainedEndToEnd:
         np.testing.assert_allclose(again, recommender.text[1:4], atol=1e-5)
 
 
+def test_profiles_without_item_texts_leave_the_bert_as_it_is(small, tmp_path):
+    write_tiny_bert(tmp_path / "bert")
+    (tmp_path / "users.csv").write_text("user_id,likes\nu0,the war film\nu1,a love story\n")
+    settings = (
+        f"adapt.text={tmp_path / 'bert'}",
+        "adapt.text_mode=full",
+        "adapt.retrieval.epochs=1",
+        "adapt.refit=false",
+        f"data.users={tmp_path / 'users.csv'}",
+    )
+    config = board.config(small, *settings, items=False)
+    out = board.train(tmp_path / "run", config, ["retrieval"])
+    assert told(out, "retrieval")["profile_width"] == 32
+    assert load_recommender(out).text.shape[1] == 0
+
+
 class TestScore:
     def test_held_out_events_are_those_of_each_user(self, small):
         dataset = Dataset.load(small / "run" / "prepare")

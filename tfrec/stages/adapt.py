@@ -204,7 +204,8 @@ class _Retrieval:
         coding = EventCoding.of(train)
         with self.placement.strategy.scope():
             encoder = _encoder(job.adapt, dataset)
-            self.tokens = _tokens(encoder, dataset) if job.adapt.text_mode == "full" else None
+            trained = job.adapt.text_mode == "full" and any(dataset.catalog.texts)
+            self.tokens = _tokens(encoder, dataset) if trained else None
             self.text = _encoded(encoder, dataset.catalog, "passage")
             self.profile = _encoded(encoder, dataset.users, "query")
             share = np.bincount(train.item, minlength=len(dataset.catalog)) + 1.0
