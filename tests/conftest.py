@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import stat
 from pathlib import Path
 
@@ -9,7 +10,6 @@ os.environ.update(
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_NUM_INTRAOP_THREADS="1",
     TF_NUM_INTEROP_THREADS="1",
-    TF_ENABLE_ONEDNN_OPTS="0",
     TF_USE_LEGACY_KERAS="1",
     KERAS_BACKEND="tensorflow",
     CUDA_VISIBLE_DEVICES="",
@@ -19,6 +19,9 @@ os.environ.update(
 
 import numpy as np
 import pytest
+
+# A test run started in the background ignores Ctrl-C, and so would the processes that test it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
