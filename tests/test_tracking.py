@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,13 +120,10 @@ class TestWeightsAndBiases:
 
     def runs(self, run_dir: Path) -> list[dict]:
         """Every offline run, from the file that `wandb sync` would send, oldest first."""
-        from wandb.proto import wandb_internal_pb2
-
         found = []
         for path in sorted((run_dir / "logs" / "wandb").glob("offline-run-*/run-*.wandb")):
             run: dict = {"history": [], "config": {}}
-            for data in leveldb_log(path.read_bytes()[7:]):
-                record = wandb_internal_pb2.Record.FromString(data)
+            for record in self.records(path):
                 if record.HasField("run"):
                     run["id"] = record.run.run_id
                     for item in record.run.config.update:
@@ -136,6 +134,18 @@ class TestWeightsAndBiases:
                     run["history"].append({key: json.loads(text) for key, text in row.items()})
             found.append(run)
         return found
+
+    def records(self, path: Path) -> list:
+        """Everything in a run's file; wandb's own process may still be at its last line."""
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            found = [Record.FromString(data) for data in leveldb_log(path.read_bytes()[7:])]
+            if any(record.HasField("exit") for record in found):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(f"{path} has no end after 30 s")
 
 
 def leveldb_log(content: bytes, offset: int = 7, block: int = 32768) -> Iterator[bytes]:

@@ -167,7 +167,7 @@ class WeightsAndBiases(Tracker):
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Waits until everything is written or sent."""
+        """Ends the run; wandb's own process writes out the rest within a moment."""
         self._run.finish()
 
 
