@@ -39,6 +39,8 @@ def ensure() -> None:
     os.environ.update(_ENVIRONMENT)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     tensorflow = _import("tensorflow")
+    # Its warnings are for those who write TensorFlow code: retracing, deprecated names.
+    tensorflow.get_logger().setLevel("ERROR")
     if not tensorflow.keras.layers.Layer.__module__.startswith("tf_keras."):
         raise _too_late("TensorFlow was imported with Keras 3 as its tf.keras")
     keras = sys.modules.get("keras")

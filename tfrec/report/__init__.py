@@ -12,9 +12,9 @@ from typing import Any
 
 from tfrec.artifact import write_json
 from tfrec.report.page import page
-from tfrec.report.text import text_table
+from tfrec.report.text import text_examples, text_table
 
-__all__ = ["text_table", "write"]
+__all__ = ["text_examples", "text_table", "write"]
 
 
 def write(tree: Mapping[str, Any], folder: Path) -> None:

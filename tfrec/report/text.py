@@ -70,6 +70,27 @@ def number(metric: str, value: float) -> str:
     return f"{value:,.0f}" if name == "popularity" and value >= 10 else f"{value:.4f}"
 
 
+def text_examples(tree: Mapping[str, Any]) -> str:
+    """Some users with titles: what they did, what came next, what our last model recommends.
+
+    Args:
+      tree: What report.json holds.
+    """
+    return "\n\n".join(_example(user) for user in tree["examples"])
+
+
+def _example(user: Mapping[str, Any]) -> str:
+    recommended = user["lists"][0]
+    lines = [f"user {user['user']}, {user['history_length']:,} events known, the newest first"]
+    lines += [f"      {item['title']}" for item in user["history"][:5]]
+    lines.append(f"  recommended by {recommended['name']}; * is what came next")
+    lines += [
+        f"  {rank:>2}{'*' if item['hit'] else ' '} {item['title']}"
+        for rank, item in enumerate(recommended["items"], 1)
+    ]
+    return "\n".join(lines)
+
+
 def text_table(tree: Mapping[str, Any]) -> str:
     """The models, one a line, with the 95% interval of NDCG; then what follows from them.
 

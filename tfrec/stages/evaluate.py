@@ -121,8 +121,9 @@ def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
 
 
 def summary(artifact: Artifact) -> str:
-    """The table of a finished report, for the terminal."""
-    return report.text_table(json.loads(artifact.file("report.json").read_text("utf-8")))
+    """The table of a finished report and some users with titles, for the terminal."""
+    tree = json.loads(artifact.file("report.json").read_text("utf-8"))
+    return f"{report.text_examples(tree)}\n\n{report.text_table(tree)}".lstrip()
 
 
 def _parents(out: Path) -> dict[str, Artifact]:
