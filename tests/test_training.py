@@ -9,6 +9,7 @@ import pytest
 
 from tfrec.config import TrainingConfig
 from tfrec.distribution import place
+from tfrec.errors import ConfigError
 from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import set_precision, set_seed, tf, tf_keras
 from tfrec.models.step import TaskModel
@@ -212,6 +213,11 @@ def test_gradients_are_clipped_to_the_global_norm(tmp_path):
     first_moments = [v.numpy() for v in trainer.optimizer.variables if v.name.startswith("m/")]
     norm = math.sqrt(sum(float((m**2).sum()) for m in first_moments))
     assert norm == pytest.approx(0.5 * (1 - trainer.optimizer.beta_1), rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_cut_into_pieces_is_refused():
+    with pytest.raises(ConfigError, match=r"batch_size = 8 cannot be cut into accumulate = 3"):
+        Trainer(line(), config(accumulate=3), place("one_device"))
 
 
 def test_weight_decay_is_decoupled(tmp_path):

@@ -78,14 +78,20 @@ def small_config(**settings) -> RetrievalConfig:
     )
 
 
-def make_two_tower(config: RetrievalConfig | None = None, items: int = 12, seed: int = 3, **more):
-    """A TwoTower over random texts (5 wide) and attributes (2 wide), equal for equal seeds."""
+def make_two_tower(
+    config: RetrievalConfig | None = None,
+    items: int = 12,
+    seed: int = 3,
+    text_width: int = 5,
+    **more,
+):
+    """A TwoTower over random texts and attributes (2 wide), equal for equal seeds."""
     from tfrec.models.keras_bridge import set_seed
     from tfrec.models.retrieval import TwoTower
 
     set_seed(seed)
     rng = np.random.default_rng(2)
-    text = rng.normal(size=(items + 1, 5)).astype(np.float32)
+    text = rng.normal(size=(items + 1, text_width)).astype(np.float32)
     attributes = rng.normal(size=(items + 1, 2)).astype(np.float32)
     text[0] = attributes[0] = 0
     return TwoTower(

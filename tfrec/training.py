@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tfrec.artifact import write_json
 from tfrec.config import TrainingConfig
 from tfrec.distribution import Placement
-from tfrec.errors import TfrecError
+from tfrec.errors import ConfigError, TfrecError
 from tfrec.models.keras_bridge import tf, tf_keras
 
 GOAL = "ndcg@10"
@@ -139,10 +139,19 @@ class Trainer:
       model: A tf_keras model made under the placement's strategy, all weights built.
       config: How it is trained.
       placement: Where it runs.
+
+    Raises:
+      ConfigError: a batch cannot be cut into as many pieces as there are replicas and parts.
     """
 
     def __init__(self, model: Any, config: TrainingConfig, placement: Placement) -> None:
         self.model, self.config, self.placement = model, config, placement
+        if config.batch_size % (placement.replicas * config.accumulate):
+            raise ConfigError(
+                f"batch_size = {config.batch_size} cannot be cut into accumulate = "
+                f"{config.accumulate} pieces on {placement.replicas} replicas; take a multiple of "
+                f"{placement.replicas * config.accumulate}"
+            )
         with placement.strategy.scope():
             self.schedule = Schedule(config.learning_rate)
             self.optimizer = Optimizer(
@@ -243,9 +252,13 @@ def fit(
 def _distributed(batches: Batches, placement: Placement, first_epoch: int) -> Any:
     if placement.replicas == 1 and placement.workers == 1:
         return batches.dataset(first_epoch)
-    return placement.strategy.distribute_datasets_from_function(
-        lambda context: batches.dataset(first_epoch, placement.worker, placement.workers)
-    )
+
+    def mine(_: Any) -> Any:
+        made = batches.dataset(first_epoch, placement.worker, placement.workers)
+        # Said to be endless, or else several workers lose its static shapes.
+        return made.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+
+    return placement.strategy.distribute_datasets_from_function(mine)
 
 
 class _Keeper:

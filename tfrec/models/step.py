@@ -56,14 +56,23 @@ class TaskModel(tfrs.Model):
     def _gradients(self, inputs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
         if self.accumulate == 1:
             return self._piece_gradients(inputs)
-        total, sums = tf.constant(0.0), [tf.zeros_like(v) for v in self.trainable_variables]
-        for piece in range(self.accumulate):
-            loss, gradients = self._piece_gradients(self._piece(inputs, piece), piece)
-            total += loss
-            sums = [a + b for a, b in zip(sums, gradients, strict=True)]
-        return total, sums
 
-    def _piece_gradients(self, inputs: Mapping[str, Any], piece: int = 0) -> tuple[Any, list[Any]]:
+        def add(piece: Any, total: Any, *sums: Any) -> tuple[Any, ...]:
+            loss, gradients = self._piece_gradients(self._piece(inputs, piece), piece)
+            return piece + 1, total + loss, *(a + b for a, b in zip(sums, gradients, strict=True))
+
+        state = (0, tf.constant(0.0), *(tf.zeros_like(v) for v in self.trainable_variables))
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            # Replicas that gather from each other cannot do so within a loop.
+            for _ in range(self.accumulate):
+                state = add(*state)
+        else:
+            state = tf.while_loop(
+                lambda piece, *_: piece < self.accumulate, add, state, parallel_iterations=1
+            )
+        return state[1], list(state[2:])
+
+    def _piece_gradients(self, inputs: Mapping[str, Any], piece: Any = 0) -> tuple[Any, list[Any]]:
         variables = self.trainable_variables
         scaling = hasattr(self.optimizer, "get_scaled_loss")
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -77,12 +86,16 @@ class TaskModel(tfrs.Model):
         # Sparse gradients are made dense: merging their rows has no static shape for XLA.
         return loss, [tf.convert_to_tensor(g) for g in gradients]
 
-    def _piece(self, inputs: Mapping[str, Any], piece: int) -> dict[str, Any]:
-        rows = inputs[self.row_key].shape[0]
-        if rows % self.accumulate:
+    def _piece(self, inputs: Mapping[str, Any], piece: Any) -> dict[str, Any]:
+        rows, pieces = inputs[self.row_key].shape[0], self.accumulate
+        if rows % pieces:
             raise ConfigError(
-                f"accumulate = {self.accumulate} does not divide a replica's {rows} rows; "
+                f"accumulate = {pieces} does not divide a replica's {rows} rows; "
                 "change adapt's accumulate or batch_size"
             )
-        part = slice(piece * rows // self.accumulate, (piece + 1) * rows // self.accumulate)
-        return {n: v if n in self.shared_keys else v[part] for n, v in inputs.items()}
+        return {
+            name: value
+            if name in self.shared_keys
+            else tf.reshape(value, [pieces, rows // pieces, *value.shape[1:]])[piece]
+            for name, value in inputs.items()
+        }
