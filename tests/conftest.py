@@ -19,9 +19,14 @@ os.environ.update(
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # A test run started in the background ignores Ctrl-C, and so would the processes that test it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is slow, and that is no finding.
+settings.register_profile("tfrec", deadline=None)
+settings.load_profile("tfrec")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
