@@ -16,6 +16,7 @@ from tfrec.artifact import (
     FORMAT,
     MANIFEST,
     Artifact,
+    below,
     content_digest,
     current,
     file_digest,
@@ -25,6 +26,10 @@ from tfrec.artifact import (
 )
 from tfrec.errors import ArtifactError, SetupError
 
+MANIFEST_KEYS = (
+    *("kind", "config", "parents", "metrics", "files"),
+    *("digest", "created", "tfrec_version"),
+)
 CONFIG = {"data": {"source": "files", "k_core": 0}, "seed": 1}
 
 
@@ -148,15 +153,39 @@ class TestReading:
 
     @pytest.mark.parametrize(
         "text",
-        [
-            *("", "{", "\ufeff{}", "3", '{"format": 1}'),
-            pytest.param("[]", marks=pytest.mark.xfail(raises=AttributeError)),
-        ],
+        ["", "{", "\ufeff{}", "3", "[]", "null", "[" * 100_000, "{}", '{"format": 1}'],
+        ids=lambda text: text[:20],
     )
     def test_a_manifest_that_is_none_is_damaged(self, text, tmp_path):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(ArtifactError, match="damaged"):
             Artifact.load(tmp_path)
+
+    @pytest.mark.parametrize("key", list(MANIFEST_KEYS))
+    @pytest.mark.parametrize("value", [None, True, 1.5, [], ["sha256"]])
+    def test_a_manifest_with_a_key_of_another_type_is_damaged(self, key, value, tmp_path):
+        make(tmp_path / "a")
+        change_manifest(tmp_path / "a", **{key: value})
+        with pytest.raises(ArtifactError, match=rf"damaged: {key} is"):
+            Artifact.peek(tmp_path / "a")
+
+    @pytest.mark.parametrize("key", ["format", *MANIFEST_KEYS])
+    def test_a_manifest_without_one_of_its_keys_is_damaged(self, key, tmp_path):
+        manifest = make(tmp_path / "a").path / MANIFEST
+        kept = {k: v for k, v in json.loads(manifest.read_text()).items() if k != key}
+        manifest.write_text(json.dumps(kept))
+        with pytest.raises(ArtifactError, match=rf"damaged: {key} is missing"):
+            Artifact.peek(tmp_path / "a")
+
+    @pytest.mark.parametrize(
+        "entry",
+        [None, "abc", {}, {"bytes": 1}, {"sha256": "0"}, {"sha256": 0, "bytes": 1}, ["0", 1]],
+    )
+    def test_a_file_without_its_digest_and_size_is_damage(self, entry, tmp_path):
+        make(tmp_path / "a")
+        change_manifest(tmp_path / "a", files={"empty.txt": entry})
+        with pytest.raises(ArtifactError, match="damaged: files is"):
+            Artifact.load(tmp_path / "a")
 
     def test_another_kind_is_refused(self, tmp_path):
         make(tmp_path / "a")
@@ -228,6 +257,103 @@ class TestInterruptedWriting:
         old = everything(make(tmp_path / "a").path)
         assert self.write_then(tmp_path / "a", last).returncode != 0
         assert everything(tmp_path) == {f"a/{name}": content for name, content in old.items()}
+
+
+class TestKilledBetweenTheRenames:
+    """The old artifact was moved aside and the new one was not yet moved to its place."""
+
+    @pytest.fixture
+    def old(self, tmp_path) -> Artifact:
+        old = make(tmp_path / "a", b"old")
+        os.rename(tmp_path / "a", tmp_path / ".a.old")
+        (tmp_path / ".a.partial").mkdir()
+        return old
+
+    @pytest.mark.parametrize(
+        "look",
+        [
+            Artifact.peek,
+            Artifact.load,
+            lambda path: current(path, kind="dataset", config=CONFIG),
+            lambda path: Artifact.load(*below(path)),
+            lambda path: Artifact.load(*below(path.parent)),
+        ],
+        ids=["peek", "load", "current", "below", "below its parent"],
+    )
+    def test_whoever_looks_finds_the_old_one(self, look, old, tmp_path):
+        assert look(tmp_path / "a") == old
+        assert not (tmp_path / ".a.old").exists()
+
+    def test_looking_at_a_neighbour_is_enough(self, old, tmp_path):
+        make(tmp_path / "b")
+        os.rename(tmp_path / "a", tmp_path / ".a.old")
+        Artifact.peek(tmp_path / "b")
+        assert Artifact.load(tmp_path / "a") == old
+
+    def test_the_next_attempt_replaces_it(self, old, tmp_path):
+        assert make(tmp_path / "a", b"newer").metrics == {"rows": 5}
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_another_attempt_that_fails_does_not_lose_it(self, old, tmp_path):
+        def fail() -> None:
+            with writing(tmp_path / "a", kind="dataset", config={}):
+                raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            fail()
+        assert Artifact.load(tmp_path / "a") == old
+
+    @pytest.mark.parametrize("nth", [1, 2])
+    def test_a_kill_at_either_rename_loses_nothing(self, nth, tmp_path):
+        old = make(tmp_path / "a", b"old")
+        code = (
+            "import os, signal; from tfrec import artifact\n"
+            "rename, calls = os.rename, []\n"
+            "def deadly(*names):\n"
+            "    calls.append(names)\n"
+            f"    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == {nth} else rename(*names)\n"
+            "os.rename = deadly\n"
+            f"with artifact.writing({str(tmp_path / 'a')!r}, kind='dataset', config={{}}): pass\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (tmp_path / "a").exists() == (nth == 1)
+        assert Artifact.load(tmp_path / "a") == old
+
+    def test_a_reader_in_between_costs_the_writer_nothing(self, tmp_path, monkeypatch):
+        make(tmp_path / "a", b"old")
+        rename = os.rename
+
+        def read_before(source, target):
+            if Path(source).name == ".a.partial":
+                monkeypatch.undo()
+                assert Artifact.peek(tmp_path / "a").metrics == {"rows": 3}
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", read_before)
+        assert make(tmp_path / "a", b"newer").metrics == {"rows": 5}
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_leftovers_beside_a_whole_artifact_are_not_taken_for_one(self, tmp_path):
+        new = make(tmp_path / "a", b"new")
+        make(tmp_path / "elsewhere" / "b", b"older")
+        os.rename(tmp_path / "elsewhere" / "b", tmp_path / ".a.old")
+        assert Artifact.load(tmp_path / "a") == new
+        (tmp_path / ".z.old").mkdir()
+        with pytest.raises(ArtifactError, match="no artifact at"):
+            Artifact.load(tmp_path / "z")
+
+
+class TestBelow:
+    def test_every_finished_artifact_of_a_run_is_found_and_no_draft(self, tmp_path):
+        made = [tmp_path / name for name in ("adapt/ranking", "adapt/retrieval", "prepare")]
+        for path in made:
+            make(path)
+        (tmp_path / "evaluate").mkdir()
+        make(tmp_path / ".draft.partial")
+        assert below(tmp_path) == made
+        assert below(made[0]) == made[:1]
+        assert below(tmp_path / "nowhere") == []
 
 
 class TestFullDisk:

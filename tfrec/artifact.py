@@ -25,6 +25,18 @@ from tfrec.errors import ArtifactError, SetupError
 FORMAT = 1
 MANIFEST = "manifest.json"
 
+_TYPES = {
+    "format": int,
+    "kind": str,
+    "config": dict,
+    "parents": dict,
+    "metrics": dict,
+    "files": dict,
+    "digest": str,
+    "created": str,
+    "tfrec_version": str,
+}
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -64,14 +76,14 @@ class Artifact:
 
     @classmethod
     def peek(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
-        """Reads the manifest alone, without looking at the payload."""
+        """Reads the manifest alone, without looking at the payload.
+
+        Raises:
+          ArtifactError: there is no finished artifact of this kind, or its manifest is damaged.
+        """
         folder = Path(path)
+        _put_back(folder.parent)
         manifest = _read_manifest(folder)
-        if manifest.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{folder} has artifact format {manifest.get('format')}, and this tfrec "
-                f"{tfrec.__version__} reads format {FORMAT}; make it again with this version"
-            )
         if kind is not None and manifest["kind"] != kind:
             raise ArtifactError(f"{folder} is a {manifest['kind']} artifact, not a {kind}")
         found = cls(
@@ -137,6 +149,20 @@ def writing(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def below(folder: str | os.PathLike[str], levels: int = 3) -> list[Path]:
+    """Folders of the finished artifacts at ``folder`` or at most so many levels below, sorted.
+
+    Hidden folders, which hold drafts, are left out.
+    """
+    folder = Path(folder)
+    _put_back(folder.parent)
+    _put_back(folder)
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    inner = sorted(path for path in folder.glob("[!.]*") if path.is_dir()) if levels else []
+    return [found for path in inner for found in below(path, levels - 1)]
+
+
 def content_digest(
     kind: str,
     config: Mapping[str, Any],
@@ -165,8 +191,6 @@ def current(
     parents: Mapping[str, Artifact] | None = None,
 ) -> Artifact | None:
     """The finished artifact at ``path`` if it was made by this very recipe, else None."""
-    if not (Path(path) / MANIFEST).exists():
-        return None
     try:
         found = Artifact.load(path, kind)
     except ArtifactError:
@@ -212,18 +236,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ArtifactError(f"there is no artifact at {folder}; run the stage that makes it first")
     path = folder / MANIFEST
-    if not path.exists():
+    if not path.is_file():
         raise ArtifactError(f"{folder} has no {MANIFEST}: it is unfinished or no artifact")
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        missing = {"format", "kind", "config", "parents", "metrics", "files", "digest"} - set(
-            manifest
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{path} is damaged: it is not the JSON of an artifact")
+    if (found := manifest.get("format", FORMAT)) != FORMAT:
+        raise ArtifactError(
+            f"{folder} has artifact format {found}, and this tfrec {tfrec.__version__} reads "
+            f"format {FORMAT}; make it again with this version"
         )
-    except (ValueError, TypeError):
-        raise ArtifactError(f"{path} is damaged: it is not the JSON of an artifact") from None
-    if missing and manifest.get("format") == FORMAT:
-        raise ArtifactError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    return dict(manifest)
+    wrong = [key for key, kind in _TYPES.items() if not isinstance(manifest.get(key), kind)]
+    if wrong or not _is_listing(manifest["files"]):
+        what = ", ".join(wrong) or "files"
+        raise ArtifactError(f"{path} is damaged: {what} is missing or not what it should be")
+    return manifest
+
+
+def _is_listing(files: Mapping[str, Any]) -> bool:
+    """Whether every entry has the digest and the size of a file."""
+    return all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+        for entry in files.values()
+    )
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
@@ -263,12 +303,33 @@ def _write_manifest(
 
 
 def _swap(partial: Path, final: Path) -> None:
+    """Puts the draft in the place of what is there; a kill leaves one of the two to be found."""
+    _put_back(final.parent)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
-    os.rename(partial, final)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if not final.exists():
+            raise
+        _swap(partial, final)  # a reader took this for a kill and put the old one back
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(parent: Path) -> None:
+    """Gives the old artifacts in ``parent`` their names back, where a kill hit a swap halfway."""
+    for manifest in parent.glob(f".*.old/{MANIFEST}"):
+        old = manifest.parent
+        final = parent / old.name[1 : -len(".old")]
+        if final.exists():
+            continue
+        try:
+            os.rename(old, final)
+        except OSError:
+            if not final.exists():  # else another process was faster
+                raise
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tfrec.artifact import MANIFEST, Artifact
+from tfrec.artifact import Artifact, below
 from tfrec.config import Config
 from tfrec.errors import ArtifactError
 
@@ -20,12 +20,11 @@ def describe(folder: Path) -> Iterator[str]:
       ArtifactError: there is none, one is unfinished or of another version, or bytes changed.
     """
     folder = Path(folder)
-    patterns = (MANIFEST, f"[!.]*/{MANIFEST}", f"[!.]*/[!.]*/{MANIFEST}")
-    below = {found.parent for pattern in patterns for found in folder.glob(pattern)}
-    if not below:
+    found = below(folder)
+    if not found:
         Artifact.peek(folder)
         raise ArtifactError(f"{folder} holds no artifact")
-    oldest_first = sorted(below, key=lambda path: (Artifact.peek(path).created, path))
+    oldest_first = sorted(found, key=lambda path: (Artifact.peek(path).created, path))
     for number, path in enumerate(oldest_first):
         if number:
             yield ""
