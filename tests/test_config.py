@@ -73,6 +73,13 @@ def another_value(path: str, field: FieldInfo) -> Any:
     return 4.5 if default is None else "another"
 
 
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_key_says_what_it_does(path):
+    section, key = dict(sections())[path.rpartition(".")[0]], path.rpartition(".")[2]
+    found = [p.model_fields.get(key) for p in section.__mro__ if issubclass(p, Section)]
+    assert any(field.description for field in found if field)
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("name", ["files", *presets()])
     def test_a_dump_is_read_back_equal(self, name):
@@ -112,6 +119,37 @@ class TestRoundTrip:
     def test_a_table_may_be_written_as_in_toml(self):
         config = Config.load("files", ["data.columns={user_id = 'who', item_id = 'what'}"])
         assert config.data.columns == {"user_id": "who", "item_id": "what"}
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("[popular,ease]", ["popular", "ease"]),
+            ("[popular]", ["popular"]),
+            ("[ popular , ease ]", ["popular", "ease"]),
+            ('["popular", "ease"]', ["popular", "ease"]),
+            ("['popular', 'ease']", ["popular", "ease"]),
+            ("[]", []),
+        ],
+    )
+    def test_words_of_a_list_need_no_quotes(self, text, value):
+        assert Config.load("files", [f"evaluate.baselines={text}"]).evaluate.baselines == value
+
+    @pytest.mark.parametrize("text", ["[popular,", "[popular,'ease]", "popular,ease", "[a,[b]]"])
+    def test_what_is_no_list_is_shown_as_it_was_given(self, text):
+        with pytest.raises(ConfigError) as caught:
+            Config.load("files", [f"evaluate.baselines={text}"])
+        assert text in str(caught.value)
+
+    def test_words_and_numbers_of_a_list_keep_their_types(self):
+        config = Config.load("files", ["data.item_text=[title,plot]", "evaluate.k=[5,10,]"])
+        assert (config.data.item_text, config.evaluate.k) == (["title", "plot"], [5, 10])
+
+    @pytest.mark.parametrize("text", ["true", "True"])
+    def test_true_may_be_written_as_in_python(self, text):
+        assert Config.load("files", [f"adapt.retrieval.request_time={text}"]) == Config.load(
+            "files", ["adapt.retrieval.request_time=true"]
+        )
+        assert Config.load("files", ["adapt.refit=False"]).adapt.refit is False
 
     def test_the_last_of_two_settings_holds(self):
         assert Config.load("files", ["seed=3", "seed=4"]).seed == 4
@@ -166,6 +204,20 @@ class TestWrongKeysAndValues:
         wrong = '"text"' if FIELDS[path].annotation is not str else "[1]"
         with pytest.raises(ConfigError, match=f"'{path}"):
             Config.load("files", [f"{path}={wrong}"])
+
+    @pytest.mark.parametrize(
+        "path",
+        [p for p, f in FIELDS.items() if not isinstance(f.get_default(), bool)],
+    )
+    @pytest.mark.parametrize("form", ["{}", "[{}]", '{{"name": {}}}'])
+    def test_true_is_no_number_and_no_text(self, path, form):
+        with pytest.raises(ConfigError, match=f"'{path}"):
+            Config.load("files", [f"{path}={form.format('true')}"])
+
+    @pytest.mark.parametrize("value", [0, -3])
+    def test_a_list_that_is_measured_has_a_length(self, value):
+        with pytest.raises(ConfigError, match=rf"'evaluate\.k' = .*: {value} is no length"):
+            Config.load("files", [f"evaluate.k=[10,{value}]"])
 
     @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "NaN", "Infinity"])
     @pytest.mark.parametrize("path", ["adapt.retrieval.dropout", "data.positive_rating"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -22,12 +23,17 @@ from tfrec.errors import ConfigError
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
+_BARE_LIST = re.compile(r"""\[[^][{}"']*\]""")
+
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings that refuses keys it does not know and values of another type.
+
+    A whole number is a number too; `true` is none.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
     )
 
 
@@ -83,7 +89,9 @@ class DataConfig(Section):
     min_user_events: int = Field(1, ge=1, description="users with fewer events are dropped")
     min_item_events: int = Field(1, ge=1, description="items with fewer events are dropped")
     k_core: int = Field(0, ge=0, description="drop until every user and item has so many; 0: off")
-    split: Literal["leave_one_out", "time", "item_cold", "user_cold", "none"] = "leave_one_out"
+    split: Literal["leave_one_out", "time", "item_cold", "user_cold", "none"] = Field(
+        "leave_one_out", description="which events validate and test; none: every event trains"
+    )
     valid_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="validation part of the time and cold-start splits"
     )
@@ -116,7 +124,9 @@ class TrainingConfig(Section):
     batch_size: int = Field(
         64, ge=1, description="rows of a global batch; fewer on data that would not fill 8 batches"
     )
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(
+        2e-3, gt=0, le=1, description="of Adam, from the end of the warm-up"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of linear learning-rate warm-up")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rate after the warm-up"
@@ -125,7 +135,9 @@ class TrainingConfig(Section):
     clip_norm: float = Field(5.0, ge=0, description="global gradient norm limit; 0: none")
     accumulate: int = Field(1, ge=1, description="steps whose gradients make one update")
     ema: float = Field(0.99, ge=0, lt=1, description="moving average of the weights; 0: none")
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        "float32", description="mixed: layers compute in 16 bits, weights stay in 32"
+    )
     jit_compile: bool = Field(True, description="compile the whole step with XLA")
     validate_every: int = Field(5, ge=1, description="epochs between validations")
     patience: int = Field(
@@ -141,9 +153,11 @@ class RetrievalConfig(TrainingConfig):
 
     embedding_dim: int = Field(64, ge=4, le=4096, description="width of query and candidate")
     layers: int = Field(2, ge=0, le=48, description="transformer blocks of the query tower")
-    heads: int = Field(2, ge=1, le=64)
+    heads: int = Field(2, ge=1, le=64, description="attention heads of a block")
     history: int = Field(100, ge=1, le=4096, description="events of a history that are read")
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: float = Field(
+        0.3, ge=0, lt=1, description="share of the query tower's activations left out in a step"
+    )
     item_ids: bool = Field(True, description="candidates have an id embedding besides their text")
     id_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of item ids left out in a step, so that text must do"
@@ -174,11 +188,13 @@ class RankingConfig(TrainingConfig):
     examples_per_user: int = Field(
         8, ge=1, description="events of each user, drawn at random, that the ranker learns from"
     )
-    history: int = Field(50, ge=1, le=4096)
+    history: int = Field(50, ge=1, le=4096, description="events of a history that are read")
     cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 cross layers")
     experts: int = Field(4, ge=1, le=64, description="MMoE experts")
-    hidden: int = Field(64, ge=4, le=4096)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    hidden: int = Field(64, ge=4, le=4096, description="width of an expert")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of the experts' inputs and outputs left out in a step"
+    )
     like_rating: float = Field(4.0, description="a rating of at least this is a like")
     linear_items: int = Field(
         20_000, ge=0, description="catalogs up to this size get the linear item-item model; 0: off"
@@ -201,7 +217,9 @@ class AdaptConfig(Section):
         "frozen", description="frozen: texts are encoded once; full: the BERT is trained too"
     )
     text_length: int = Field(256, ge=4, le=512, description="tokens of a text that are read")
-    distribution: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = "auto"
+    distribution: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = Field(
+        "auto", description="auto: the workers of TF_CONFIG, a TPU, every GPU, or the processor"
+    )
     refit: bool = Field(
         True, description="after choosing on validation, train on validation and test events too"
     )
@@ -229,25 +247,40 @@ class AdaptConfig(Section):
 class EvaluateConfig(Section):
     """What the report measures, and against whom."""
 
-    k: list[int] = Field(default_factory=lambda: [1, 5, 10, 20, 50], min_length=1)
-    baselines: list[BaselineName] = Field(default=["popular", "item_knn", "ease", "als"])
+    k: list[int] = Field(
+        default_factory=lambda: [1, 5, 10, 20, 50],
+        min_length=1,
+        description="lengths of list that are measured, each at least 1",
+    )
+    baselines: list[BaselineName] = Field(
+        default=["popular", "item_knn", "ease", "als"],
+        description="what our models are set beside, among popular, item_knn, ease, als",
+    )
     bootstrap: int = Field(1000, ge=0, description="resamples behind the intervals; 0: none")
     exclude_history: bool = Field(True, description="items of the history are not recommended")
     examples: int = Field(3, ge=0, description="users shown with titles in the report")
+
+    @field_validator("k")
+    @classmethod
+    def _lists_are_not_empty(cls, lengths: list[int]) -> list[int]:
+        for length in lengths:
+            if length < 1:
+                raise ValueError(f"{length} is no length of a list, which is at least 1")
+        return lengths
 
 
 class RecommendConfig(Section):
     """What a recommendation is by default."""
 
-    k: int = Field(10, ge=1, le=10_000)
-    exclude_seen: bool = True
+    k: int = Field(10, ge=1, le=10_000, description="items for each user")
+    exclude_seen: bool = Field(True, description="items of the history are not recommended")
 
 
 class Config(Section):
     """Everything a run is told, from raw files to recommendations."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder")
-    seed: int = Field(1, ge=0, le=2**31 - 1)
+    seed: int = Field(1, ge=0, le=2**31 - 1, description="of everything that is drawn at random")
     data: DataConfig = DataConfig()
     adapt: AdaptConfig = AdaptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -327,6 +360,10 @@ def _value(text: str) -> Any:
             return parse(text)
         except ValueError:
             continue
+    if text in ("True", "False"):
+        return text == "True"
+    if _BARE_LIST.fullmatch(text):
+        return [_value(word.strip()) for word in text[1:-1].split(",")]
     return text
 
 
