@@ -214,6 +214,54 @@ def test_the_terminal_table_has_a_line_for_each_model_and_marks_the_best(tree):
     assert any("ALS was left out: it was too much." in line for line in lines)
 
 
+def _user(name, history, recommended, hits=(), length=None, model="two-tower"):
+    """A user as report.json holds one; titles are named by their ids."""
+
+    def items(ids):
+        return [{"id": i, "title": f"Title {i}"} for i in ids]
+
+    ours = [{**item, "hit": item["id"] in hits} for item in items(recommended)]
+    others = [{**item, "hit": True} for item in items("z")]
+    return {
+        "user": name,
+        "history_length": length or len(history),
+        "history": items(history),
+        "targets": items(hits),
+        "lists": [{"name": model, "items": ours}, {"name": "EASE", "items": others}],
+    }
+
+
+def test_the_terminal_shows_users_with_what_they_did_and_what_our_model_recommends():
+    shown = report.text_examples(
+        {"examples": [_user("7", "ab", "cde", hits="d", length=1234), _user("x", "", "f")]}
+    )
+    assert shown == (
+        "user 7, 1,234 events known, the newest first\n"
+        "      Title a\n"
+        "      Title b\n"
+        "  recommended by two-tower; * is what came next\n"
+        "   1  Title c\n"
+        "   2* Title d\n"
+        "   3  Title e\n"
+        "\n"
+        "user x, 0 events known, the newest first\n"
+        "  recommended by two-tower; * is what came next\n"
+        "   1  Title f"
+    )
+
+
+def test_the_terminal_shows_five_events_of_a_user_and_every_place_of_his_list():
+    lines = report.text_examples({"examples": [_user("7", "abcdefg", "hijklmnopq")]}).splitlines()
+    assert lines[1:6] == [f"      Title {i}" for i in "abcde"]
+    assert lines[6].startswith("  recommended by")
+    assert (lines[7], lines[-1]) == ("   1  Title h", "  10  Title q")
+    assert len(lines) == 17
+
+
+def test_without_examples_the_terminal_shows_none():
+    assert report.text_examples({"examples": []}) == ""
+
+
 def test_a_win_beyond_chance_is_called_one():
     said = findings(
         {
