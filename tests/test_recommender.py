@@ -389,6 +389,54 @@ class TestScore:
             own = np.unique(plain.interactions.histories([user])[0])
             np.testing.assert_allclose(row, linear.weights[own].sum(0), rtol=1e-5)
 
+    def test_text_brings_candidates_of_its_own_and_favours_what_is_alike(self, model):
+        policy = Policy(1, 4, {"retrieval": 1e-9, "text": 1.0})
+        recommender = make(model, policy=policy)
+        likeness = recommender.text[1:] @ recommender.text[3]
+        likeness[2] = -np.inf
+        nearest = f"i{int(np.argmax(likeness)) + 1}"
+        assert ask(recommender, 1, history=("i3",)) == [nearest]
+
+    def test_text_of_a_history_fades_with_its_age(self, model):
+        policy = Policy(5, 4, {"text": 1.0}, text_decay=0.5)
+        recommender = make(model, policy=policy)
+        asked, _ = recommender._asked([Request(history=("i1", "i2", "i3")), Request()])
+        found = recommender.text_queries(asked, policy)
+        text = recommender.text
+        mixed = 0.25 * text[1] + 0.5 * text[2] + text[3]
+        np.testing.assert_allclose(found[0], mixed / np.linalg.norm(mixed), rtol=1e-5)
+        assert not found[1].any()
+
+    def test_text_scores_are_inner_products_however_they_are_cut(self, model, monkeypatch):
+        policy = Policy(ITEMS, 4, {"text": 1.0})
+        recommender = make(model, policy=policy)
+        users = np.array([0, 3, 1], np.int32)
+        asked = recommender.who(recommender.interactions, users)
+        rows = np.array([[1, 5, 0], [2, 2, 7], [3, 8, 9]], np.int32)
+        query = recommender.queries(asked)
+        whole = recommender.parts(asked, query, rows, policy)["text"]
+        wanted = recommender.text_queries(asked, policy)[:, None] * recommender.text[rows]
+        np.testing.assert_allclose(whole, wanted.sum(-1), rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr("tfrec.recommender._CELLS", 1)
+        np.testing.assert_array_equal(recommender.parts(asked, query, rows, policy)["text"], whole)
+
+    def test_filters_hold_for_what_text_finds(self, model):
+        recommender = make(model, policy=Policy(ITEMS, 4, {"retrieval": 1e-9, "text": 1.0}))
+        assert sorted(ask(recommender, 9, history=("i3",), include=("i1", "i5"))) == ["i1", "i5"]
+
+    def test_popularity_counts_events(self, model):
+        recommender = make(model, policy=Policy(ITEMS, 4, {"popularity": 1.0}))
+        found = recommender.catalog.rows(ask(recommender, ITEMS, history=("i2",)))
+        assert (np.diff(recommender.popularity[found]) <= 0).all()
+
+    def test_only_what_counts_is_computed(self, chain):
+        asked = chain.who(chain.interactions, np.array([0], np.int32))
+        rows = np.array([[1, 2]], np.int32)
+        query = chain.queries(asked)
+        assert set(chain.parts(asked, query, rows)) == {"retrieval", "linear", "click"}
+        alone = Policy(3, 4, {"retrieval": 1.0})
+        assert set(chain.parts(asked, query, rows, alone)) == {"retrieval"}
+
     def test_the_ranker_orders_the_candidates(self, model):
         recommender = make(model, policy=Policy(ITEMS, 4, {"click": 1.0}, ("click",)))
         found = ask(recommender, ITEMS, history=("i2",))

@@ -131,7 +131,8 @@ class Ease:
 
     def fit(self, matrix: sp.csr_array) -> Self:
         """See :class:`Baseline`."""
-        return self.fit_gram(gram(matrix))
+        with _blas_threads(matrix.shape[1]):
+            return self.fit_gram(gram(matrix))
 
     def fit_gram(self, products: Floats) -> Self:
         """Fits from :func:`gram`, which several regularizations may share."""

@@ -201,8 +201,8 @@ class RankingConfig(TrainingConfig):
     )
     score: dict[str, float] = Field(
         default_factory=dict,
-        description="weight of each part of the final score (retrieval, linear, click, like, "
-        "rating, conversion); empty: chosen on validation",
+        description="weight of each part of the final score (retrieval, linear, text, popularity, "
+        "click, like, rating, conversion); empty: chosen on validation",
     )
 
 

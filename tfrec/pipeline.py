@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tfrec.artifact import Artifact, write_json
 from tfrec.config import Config
+from tfrec.distribution import place
 from tfrec.stages import adapt, evaluate, prepare
 
 
@@ -19,6 +20,8 @@ def run(
 ) -> Artifact:
     """Prepares, adapts both tasks and evaluates; what is done already is not repeated.
 
+    With several workers all adapt together, and the chief alone prepares and evaluates.
+
     Args:
       config: Everything the run is told.
       out: The run's folder.
@@ -29,17 +32,29 @@ def run(
       The artifact of the last stage: the report, or the ranker where nothing is held out.
     """
     out = Path(out)
+    placement = place(config.adapt.distribution)
+    say = say if placement.chief else _nothing
     out.mkdir(parents=True, exist_ok=True)
     say(f"prepare: {config.data.source}")
-    dataset = prepare.run(config, out, force=force)
+    if placement.chief:
+        prepare.run(config, out, force=force)
+        write_json(out / "config.json", config.dump())
+    placement.from_chief(None)  # the other workers read what the chief has prepared
+    dataset = Artifact.peek(out / "prepare", "dataset")
     for line in prepare.summary_lines(dataset):
         say(f"  {line}")
-    write_json(out / "config.json", config.dump())
     say("adapt: retrieval")
     adapt.run(config, out, "retrieval", force=force)
     say("adapt: ranking")
     last = adapt.run(config, out, "ranking", force=force)
     if dataset.metrics["split"].get("test"):
         say("evaluate")
-        last = evaluate.run(config, out, force=force)
+        if placement.chief:
+            evaluate.run(config, out, force=force)
+        placement.from_chief(None)
+        last = Artifact.peek(out / evaluate.FOLDER, evaluate.KIND)
     return last
+
+
+def _nothing(_: str) -> None:
+    """What workers that are not the chief say."""

@@ -5,8 +5,9 @@ A trained run and a deployed bundle recommend through this same code; only the E
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ Rows = NDArray[np.int32]
 Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
+_CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
 SCALARS = ("retrieval", "linear", "log_popularity")
 
@@ -61,21 +63,33 @@ class Policy:
     """How candidates are found and scores put together.
 
     Attributes:
-      candidates: How many each source gives, and how many places the ranker sees.
-      history: Events of a history that the ranker reads.
-      score: Weight of each part: ``retrieval``, ``linear``, and the ranker's tasks.
+      candidates: How many each source gives.
+      history: Events of a history that the ranker and the text part read.
+      score: Weight of each part: ``retrieval``, ``linear``, ``text``, ``popularity`` and the
+        ranker's tasks. Retrieval, linear and text, where they count, bring candidates too.
       tasks: What the ranker predicts; empty: there is none.
+      text_decay: Weight of an event in the text part, over that of the event after it.
     """
 
     candidates: int = 200
     history: int = 50
     score: Mapping[str, float] = field(default_factory=lambda: {"retrieval": 1.0})
     tasks: tuple[str, ...] = ()
+    text_decay: float = 0.8
 
     @property
     def ranks(self) -> bool:
         """Whether the ranker's predictions have a part in the score."""
-        return any(self.score.get(task) for task in self.tasks)
+        return any(self.uses(task) for task in self.tasks)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the score is that of retrieval alone."""
+        return not any(weight for part, weight in self.score.items() if part != "retrieval")
+
+    def uses(self, part: str) -> bool:
+        """Whether a part counts."""
+        return bool(self.score.get(part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,27 +104,31 @@ class LinearItems:
 
     def scores(self, histories: Ragged) -> Floats:
         """float32 (batch, n + 1), of every item; each item of a history counts once."""
-        user, item = self._met(histories)
-        met = np.zeros((len(histories), len(self.weights)), np.float32)
-        met[user, item] = 1
-        return met @ self.weights
+        out = np.zeros((len(histories), len(self.weights)), np.float32)
+        # A history is short beside the catalog: adding its rows beats a product with all of them.
+        for user, met in self._met(histories):
+            self.weights[met].sum(axis=0, out=out[user])
+        return out
 
     def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
-        """float32 (batch, c), of the items int32 (batch, c) alone; cheap where c is small."""
-        user, item = self._met(histories)
+        """float32 (batch, c), of the items int32 (batch, c) alone."""
         out = np.zeros(rows.shape, np.float32)
         known = rows < len(self.weights)
         wanted = np.where(known, rows, 0)
-        np.add.at(out, user, self.weights[item[:, None], wanted[user]])
+        for user, met in self._met(histories):
+            self.weights[met[:, None], wanted[user]].sum(axis=0, out=out[user])
         return out * known
 
-    def _met(self, histories: Ragged) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """User and item of everything met, without the unknown, items added later, and repeats."""
+    def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each user with what he met, without the unknown, items added later, and repeats."""
         width = len(self.weights)
         user = np.repeat(np.arange(len(histories)), histories.lengths)
         known = (histories.ids > 0) & (histories.ids < width)
         user, item = np.divmod(np.unique(user[known] * width + histories.ids[known]), width)
-        return user, item
+        ends = np.searchsorted(user, np.arange(len(histories)), side="right")
+        for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+            if stop > start:
+                yield place, item[start:stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +139,7 @@ class Who:
       histories: Their events.
       profile: float32 (b, text width), vectors of their profile texts; zeros where none.
       attributes: float32 (b, attribute width).
-      request_time: int64 (b,), seconds, or None.
+      request_time: int64 (b,), seconds; None: that of their newest events.
     """
 
     histories: Histories
@@ -226,12 +244,18 @@ class Recommender:
         self.popularity[0] = 0
         self._histories = Histories.of(interactions, coding)
 
-    def who(self, history: Interactions, users: Rows) -> Who:
+    def who(
+        self,
+        history: Interactions,
+        users: Rows,
+        request_time: NDArray[np.int64] | None = None,
+    ) -> Who:
         """Known users with the given events as their histories."""
         return Who(
             Histories.of(history, self.coding).take(users),
             self.profile[users],
             self.users.features[users],
+            request_time,
         )
 
     def lists(
@@ -254,11 +278,10 @@ class Recommender:
         Returns:
           ``retrieval`` and, if there is more than retrieval, ``ranking``.
         """
-        asked = self.who(history, users)
-        asked = Who(asked.histories, asked.profile, asked.attributes, request_time)
-        alone = Policy(self.policy.candidates, self.policy.history)
+        asked = self.who(history, users, request_time)
+        alone = replace(self.policy, score={"retrieval": 1.0})
         out = {"retrieval": self._all(asked, k, exclude_history, alone)}
-        if self.linear is not None or self.policy.ranks:
+        if self.linear is not None or not self.policy.plain:
             out["ranking"] = self._all(asked, k, exclude_history, self.policy)
         return out
 
@@ -277,11 +300,10 @@ class Recommender:
     ) -> TopK:
         """Retrieve, rank and cut: the chain itself, for those with behaviour to go by."""
         query = self.queries(asked)
-        plain = {name for name, weight in policy.score.items() if weight} <= {"retrieval"}
-        if plain:
+        if policy.plain:
             return index.search(query, k, exclude)
-        rows, linear = self._candidates(asked, query, max(k, policy.candidates), exclude, index)
-        parts = self.parts(asked, query, rows, linear, policy.ranks)
+        rows = self.candidates(asked, query, max(k, policy.candidates), exclude, index, policy)
+        parts = self.parts(asked, query, rows, policy)
         score = np.zeros(rows.shape, np.float32)
         for name, weight in policy.score.items():
             if weight and name in parts:
@@ -296,46 +318,83 @@ class Recommender:
         )
 
     def candidates(
-        self, asked: Who, query: Floats, count: int, exclude: Ragged | None
-    ) -> tuple[Rows, Floats]:
-        """What every source gives: see :meth:`_candidates`."""
-        return self._candidates(asked, query, count, exclude, self.index)
+        self,
+        asked: Who,
+        query: Floats,
+        count: int,
+        exclude: Ragged | None = None,
+        index: Index | None = None,
+        policy: Policy | None = None,
+    ) -> Rows:
+        """What the sources that count for a policy find.
 
-    def _candidates(
-        self, asked: Who, query: Floats, count: int, exclude: Ragged | None, index: Index
-    ) -> tuple[Rows, Floats]:
-        """Distinct candidate rows, 0 in unused places, and their linear scores."""
-        found = index.search(query, count, exclude).ids
-        if self.linear is None:
-            return found, np.zeros(found.shape, np.float32)
-        every = self.linear.scores(asked.seen)
-        ids = index.ids
-        known = ids[ids < every.shape[1]]
-        more = top_k(every[:, known].copy(), known, min(count, max(len(known), 1)), exclude).ids
-        rows = _distinct(np.concatenate([found, more], axis=1))
-        inside = np.where(rows < every.shape[1], rows, 0)
-        return rows, np.take_along_axis(every, inside, axis=1)
+        Args:
+          asked: b users.
+          query: float32 (b, d), their query vectors.
+          count: How many each source gives.
+          exclude: Rows that must not come.
+          index: Where to look; None: the whole catalog.
+          policy: None: the recommender's own.
+
+        Returns:
+          int32 (b, c), distinct catalog rows, and 0 in places that are not used.
+        """
+        index, policy = index or self.index, policy or self.policy
+        found = [index.search(query, count, exclude).ids]
+        if self.linear is not None and policy.uses("linear"):
+            ids = index.ids[index.ids < len(self.linear.weights)]
+            scores = self.linear.scores(asked.seen)[:, ids]
+            found.append(top_k(scores, ids, min(count, max(len(ids), 1)), exclude).ids)
+        if self.text.shape[1] and policy.uses("text"):
+            near = self.text_index if index is self.index else self._text_index(index.ids)
+            found.append(near.search(self.text_queries(asked, policy), count, exclude).ids)
+        return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
+
+    @functools.cached_property
+    def text_index(self) -> Index:
+        """Index of the vectors of the items' texts; row i of the catalog has id i."""
+        return self._text_index(np.arange(1, len(self.catalog), dtype=np.int32))
+
+    def _text_index(self, rows: Rows) -> Index:
+        return make_index(self.text[rows], rows)
+
+    def text_queries(self, asked: Who, policy: Policy) -> Floats:
+        """float32 (b, text width): mean text of a history, recent events first; length 1 or 0."""
+        vectors, mask = history_vectors(asked.histories, self.text, policy.history)
+        age = np.arange(policy.history)[::-1]
+        weight = mask * (policy.text_decay**age).astype(np.float32)
+        mixed = np.matmul(weight[:, None], vectors)[:, 0]
+        length = np.linalg.norm(mixed, axis=1, keepdims=True)
+        return np.asarray(mixed / np.maximum(length, 1e-9), np.float32)
 
     def parts(
-        self, asked: Who, query: Floats, rows: Rows, linear: Floats, rank: bool
+        self, asked: Who, query: Floats, rows: Rows, policy: Policy | None = None
     ) -> dict[str, Floats]:
-        """Every part of the score of the given candidates.
+        """The parts of the score of the given candidates that count for a policy.
 
         Args:
           asked: b users.
           query: float32 (b, d), their query vectors.
           rows: int32 (b, c), candidates.
-          linear: float32 (b, c), their linear scores.
-          rank: Whether the ranker is asked.
+          policy: None: the recommender's own.
 
         Returns:
-          ``retrieval``, ``linear`` and the ranker's tasks -> float32 (b, c).
+          ``retrieval``, ``linear``, ``text``, ``popularity`` and the ranker's tasks, as far as they
+          count -> float32 (b, c).
         """
+        policy = policy or self.policy
         candidates = self.vectors[rows]
         retrieval = np.einsum("bd,bcd->bc", query, candidates).astype(np.float32)
-        parts: dict[str, Floats] = {"retrieval": retrieval, "linear": linear}
-        if rank:
-            history, mask = history_vectors(asked.histories, self.vectors, self.policy.history)
+        parts: dict[str, Floats] = {"retrieval": retrieval}
+        linear = np.zeros(rows.shape, np.float32)
+        if self.linear is not None and (policy.uses("linear") or policy.ranks):
+            linear = parts["linear"] = self.linear.scores_of(asked.seen, rows)
+        if self.text.shape[1] and policy.uses("text"):
+            parts["text"] = _inner(self.text_queries(asked, policy), self.text, rows)
+        if policy.uses("popularity"):
+            parts["popularity"] = np.log1p(self.popularity[rows])
+        if policy.ranks:
+            history, mask = history_vectors(asked.histories, self.vectors, policy.history)
             inputs = {
                 "query": query,
                 "history": history,
@@ -359,17 +418,15 @@ class Recommender:
           Task -> float32 (n,); empty without a ranker.
         """
         out: dict[str, list[Floats]] = {task: [] for task in self.policy.tasks}
-        users, place = np.unique(events.user, return_inverse=True)
-        everyone = self.who(history, users)
+        policy = replace(self.policy, score=dict.fromkeys(self.policy.tasks, 1.0))
+        users, first, place = np.unique(events.user, return_index=True, return_inverse=True)
+        everyone = self.who(history, users, events.timestamp[first])
         queries = self.queries(everyone)
         for start in range(0, len(events) if out else 0, BLOCK):
             index = place[start : start + BLOCK]
             asked = everyone.take(index)
             rows = events.item[start : start + BLOCK][:, None]
-            linear = np.zeros(rows.shape, np.float32)
-            if self.linear is not None:
-                linear = self.linear.scores_of(asked.seen, rows)
-            parts = self.parts(asked, queries[index], rows, linear, rank=True)
+            parts = self.parts(asked, queries[index], rows, policy)
             for task, values in out.items():
                 values.append(parts[task][:, 0])
         return {task: np.concatenate([*v, np.zeros(0, np.float32)]) for task, v in out.items()}
@@ -430,14 +487,11 @@ class Recommender:
         rows = [self.users.row(r.user_id) if r.user_id else -1 for r in requests]
         histories = _joined([self._history(row, r) for row, r in zip(rows, requests, strict=True)])
         index = np.array(rows)
-        known = (index >= 0)[:, None]
-        profile = np.where(known, self.profile[index] if len(self.users) else 0, 0)
-        attributes = np.where(known, self.users.features[index] if len(self.users) else 0, 0)
         times = np.array([r.time or 0 for r in requests], np.int64)
         asked = Who(
             histories,
-            profile.astype(np.float32),
-            attributes.astype(np.float32),
+            _rows_or_zeros(self.profile, index),
+            _rows_or_zeros(self.users.features, index),
             times if any(r.time for r in requests) else None,
         )
         excluded = []
@@ -526,11 +580,28 @@ def history_vectors(histories: Histories, vectors: Floats, length: int) -> tuple
     return vectors[rows] * mask[:, :, None], mask
 
 
+def _rows_or_zeros(table: Floats, rows: NDArray[np.int64]) -> Floats:
+    """Rows of a table; zeros for those below 0."""
+    out = np.zeros((len(rows), table.shape[1]), np.float32)
+    out[rows >= 0] = table[rows[rows >= 0]]
+    return out
+
+
 def _distinct(rows: Rows) -> Rows:
     """Rows of ids with repeats replaced by 0."""
     ordered = np.sort(rows, axis=1)
     ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
     return ordered
+
+
+def _inner(queries: Floats, vectors: Floats, rows: Rows) -> Floats:
+    """float32 (b, c): inner products of queries (b, d) with the vectors of rows (b, c)."""
+    out = np.empty(rows.shape, np.float32)
+    size = max(1, _CELLS // max(rows.shape[1] * vectors.shape[1], 1))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        out[part] = np.matmul(vectors[rows[part]], queries[part, :, None])[:, :, 0]
+    return out
 
 
 def _best(score: Floats, rows: Rows, k: int) -> TopK:

@@ -34,7 +34,7 @@ def events(seed: int = 0, names: tuple[str, ...] = ("view", "purchase")) -> Inte
     )
 
 
-def newest(users: np.ndarray, histories: Histories) -> np.ndarray:
+def newest(users: np.ndarray, histories: Histories, times: np.ndarray) -> np.ndarray:
     """A query vector that tells its user, his number of events and the newest of them."""
     counts = np.diff(histories.offsets)
     last = histories.item[histories.offsets[1:] - 1]

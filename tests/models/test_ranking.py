@@ -101,7 +101,7 @@ def batches_by_topic(users: int, seed: int) -> Any:
         histories=Histories.of(events, EventCoding.of(events)),
         interactions=events,
         vectors=vectors,
-        query_vectors_of=lambda users, histories: np.zeros((len(users), 6), np.float32),
+        query_vectors_of=lambda users, histories, times: np.zeros((len(users), 6), np.float32),
         hard=None,
         attributes=np.stack([rows % 2, rows * 0], axis=1).astype(np.float32),
         user_attributes=np.zeros((users, 1), np.float32),

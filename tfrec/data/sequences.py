@@ -146,7 +146,8 @@ def query_arrays(
     Args:
       histories: The users' events.
       length: Places of a row; older events are left out.
-      request_time: int64 (batch,), seconds, for models that read the time of the request.
+      request_time: int64 (batch,), seconds, for models that read the time of the request; None:
+        that of each user's newest event.
 
     Returns:
       int32 (batch, length) ``item``, ``event``, ``rating``, ``gap``, ``next_gap``, ``position``,
@@ -191,13 +192,11 @@ def _next_gaps(
     """Each place's gap to what comes next; the last place's gap to the request."""
     out = np.zeros(arrays["item"].shape, np.int32)
     out[:, :-1] = np.where(arrays["segment"][:, 1:] > 0, arrays["gap"][:, 1:], 0)
-    if request_time is not None and len(source):
-        newest = np.zeros(len(histories), np.int64)
-        newest[rows] = histories.timestamp[source]
-        answers = np.diff(histories.offsets) > 0
-        which = np.flatnonzero(answers)
-        gaps = gap_bucket(request_time[which] - newest[which])
-        out[which, np.asarray(arrays["last"])[which]] = gaps
+    newest = np.zeros(len(histories), np.int64)
+    newest[rows] = histories.timestamp[source]
+    which = np.flatnonzero(np.diff(histories.offsets))
+    passed = (newest if request_time is None else request_time)[which] - newest[which]
+    out[which, np.asarray(arrays["last"])[which]] = gap_bucket(passed)
     return out
 
 

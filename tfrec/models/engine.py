@@ -188,7 +188,13 @@ def recommender_of(
     ranker, policy, linear = None, None, None
     if ranking is not None:
         told = read_json(ranking.file("model.json"))
-        policy = Policy(told["candidates"], told["history"], told["score"], tuple(told["tasks"]))
+        policy = Policy(
+            told["candidates"],
+            told["history"],
+            told["score"],
+            tuple(told["tasks"]),
+            told["text_decay"],
+        )
         ranker = load_ranker(ranking, told)
         if f"{trained}/linear.npy" in ranking.files:
             linear = LinearItems(read_array(ranking.file(f"{trained}/linear.npy")))

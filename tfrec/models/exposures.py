@@ -33,7 +33,7 @@ CONVERSION_EVENT = "purchase"
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int32]
-QueryVectors = Callable[[Rows, Histories], Floats]
+QueryVectors = Callable[[Rows, Histories, NDArray[np.int64]], Floats]
 Scalars = Callable[[Rows, Floats, Histories, Rows], Floats]
 
 # Examples whose query vectors are computed at a time.
@@ -94,7 +94,9 @@ class Unseen:
 
     def __init__(self, interactions: Interactions, num_items: int, hard: Ragged | None) -> None:
         self.num_items = num_items
-        self._seen = np.unique(self._key(interactions.user, interactions.item))
+        # Sorted by user already, which a stable sort makes use of.
+        keys = np.sort(self._key(interactions.user, interactions.item), kind="stable")
+        self._seen = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
         user, item = np.divmod(self._seen, num_items + 1)
         self.counts = num_items - np.bincount(user[item > 0], minlength=interactions.num_users)
         self._hard = self._without_seen(hard or Ragged.of([[]] * interactions.num_users))
@@ -326,8 +328,8 @@ def ranking_batches(
       histories: Every user's events, row u for user u.
       interactions: The same events, in the same order.
       vectors: float32 (n + 1, d), candidate vectors of the catalog, row 0 the unknown item.
-      query_vectors_of: Users int32 (b,) and their histories -> float32 (b, d). It gets all events
-        before each example.
+      query_vectors_of: Users int32 (b,), their histories and the times int64 (b,) of the examples
+        -> float32 (b, d). The histories are all events before each example.
       hard: For each user, rows that retrieval finds for him, best first; what he has interacted
         with is left out here.
       attributes: float32 (n + 1, F); F may be 0.
@@ -357,7 +359,7 @@ def ranking_batches(
         histories=histories,
         interactions=interactions,
         examples=examples,
-        queries=_query_vectors(examples, histories, query_vectors_of),
+        queries=_query_vectors(examples, histories, interactions.timestamp, query_vectors_of),
         vectors=vectors,
         attributes=attributes,
         user_attributes=user_attributes,
@@ -388,14 +390,18 @@ def _choose(interactions: Interactions, unseen: Unseen, most: int, seed: int) ->
 
 
 def _query_vectors(
-    examples: Examples, histories: Histories, query_vectors_of: QueryVectors
+    examples: Examples,
+    histories: Histories,
+    timestamp: NDArray[np.int64],
+    query_vectors_of: QueryVectors,
 ) -> Floats:
     index = np.arange(len(examples))
     with tqdm(total=len(index), desc="query vectors", unit="query", dynamic_ncols=True) as bar:
         found = []
         for start in range(0, len(index), _QUERY_CHUNK):
             chunk = examples.take(index[start : start + _QUERY_CHUNK])
-            vectors = query_vectors_of(chunk.user, chunk.histories(histories))
+            before, now = chunk.histories(histories), timestamp[chunk.event]
+            vectors = query_vectors_of(chunk.user, before, now)
             found.append(np.asarray(vectors, np.float32))
             bar.update(len(chunk))
     return np.concatenate(found)

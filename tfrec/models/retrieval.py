@@ -71,6 +71,7 @@ class TwoTower(TaskModel):
         self.encoder = encoder
         self.widths = (profile_width, user_attributes_width)
         self._text, self._attributes = tf.constant(text), tf.constant(attributes)
+        self._has_text = tf.constant(np.any(text, axis=1, keepdims=True).astype(np.float32))
         even = np.full(rows, 1 / max(rows - 1, 1), np.float32)
         self._popularity = tf.constant(even if popularity is None else popularity)
         self.task = tfrs.tasks.Retrieval(
@@ -104,6 +105,7 @@ class TwoTower(TaskModel):
             text = tf.gather(self._text, rows)
         else:
             text = self.encoder(inputs["token_ids"], inputs["padding_mask"], training=training)
+            text *= tf.cast(tf.gather(self._has_text, rows), text.dtype)
         return self.candidate_tower(text, attributes, rows, training=training)
 
     def _full(self, hidden: Any, vectors: Any, inputs: Mapping[str, Any]) -> Any:

@@ -171,6 +171,11 @@ def protocol_notes(told: Mapping[str, Any]) -> list[str]:
         f"measured on {told['diversity_of']}. Popularity counts users before the held-out events; "
         "the long tail is all but the most popular fifth of the items.",
     ]
+    if told["request_time"]:
+        notes.append(
+            "The time of the held-out event is an input of our models (request_time): a running "
+            "service knows it, and most published figures do without."
+        )
     if told["bootstrap"]:
         notes.append(
             f"Intervals: 95%, percentiles of {told['bootstrap']:,} resamples of the users; "

@@ -9,9 +9,9 @@ events (cut ``final``, which recommends).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ from tfrec.tracking import callbacks
 from tfrec.training import Metrics, Progress, Trainer, discard
 
 Task = Literal["retrieval", "ranking"]
+Times = NDArray[np.int64]
 
 # A refit moves the chosen weights no further than it must: half the learning rate measured better
 # than all of it, on MovieLens-100K.
@@ -296,7 +297,8 @@ class _Retrieval:
             )
         rows = PackedSequences(histories, events.weight, config.history, self.job.config.seed)
         if not self.batch_size:
-            self.batch_size = _batch_size(config.batch_size, rows, self.placement.replicas)
+            unit = self.placement.replicas * config.accumulate
+            self.batch_size = _batch_size(config.batch_size, rows, unit)
         return TrainingBatches(
             rows,
             self.batch_size,
@@ -312,30 +314,28 @@ class _Retrieval:
         recommender = _recommender(
             self.job.dataset, engine, self.vectors(), self.text, self.profile
         )
-        users, targets, offsets = held_out(self.job.dataset)
-        time_of = self._times(users) if self.config.request_time else None
-        lists = recommender.lists(recommender.interactions, users, 10, True, time_of)["retrieval"]
+        users, targets, offsets, times = held_out(self.job.dataset)
+        lists = recommender.lists(recommender.interactions, users, 10, True, times)["retrieval"]
         found = metrics.ranking(lists.ids, targets, offsets, [10])
         return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
 
-    def _times(self, users: Rows) -> NDArray[np.int64]:
-        valid = self.job.dataset.interactions.part(VALID)
-        return valid.timestamp[valid.offsets[:-1][users]]
 
+def _batch_size(wanted: int, rows: PackedSequences, unit: int) -> int:
+    """Rows of a batch: fewer than ``wanted`` where the data does not fill LEAST_STEPS of them.
 
-def _batch_size(wanted: int, rows: PackedSequences, replicas: int) -> int:
-    """Rows of a batch: fewer than ``wanted`` where the data does not fill LEAST_STEPS of them."""
+    A multiple of ``unit``, the pieces that a batch is cut into.
+    """
     room = len(rows.epoch(0)["item"]) // LEAST_STEPS
-    return min(wanted, max(room // replicas, 1) * replicas)
+    return min(wanted, max(room // unit, 1) * unit)
 
 
-def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64]]:
-    """Users with validation events, those events' items, and the offsets of each user's."""
+def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
+    """Users with validation events, those events' items, offsets of each user's, first times."""
     valid = dataset.interactions.part(VALID)
     counts = np.diff(valid.offsets)
     users = np.flatnonzero(counts).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
-    return users, valid.item, offsets
+    return users, valid.item, offsets, valid.timestamp[valid.offsets[:-1][users]]
 
 
 def _recommender(
@@ -398,22 +398,20 @@ def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
     base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0})
     tasks = _tasks(job.dataset)
     ranker, sizes, state = _train_ranker(job, base, tasks)
-    assert isinstance(base.engine, TensorFlowEngine)
-    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
-    base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
-    score, found = _choose_score(job, base, config)
+    policy, found = _choose_policy(job, base, tasks)
     tf.train.Checkpoint(model=ranker).write(str(folder / "weights"))
     told = {
-        "candidates": config.candidates,
-        "history": config.history,
-        "score": score,
+        "candidates": policy.candidates,
+        "history": policy.history,
+        "score": dict(policy.score),
+        "text_decay": policy.text_decay,
         "tasks": list(tasks),
         "sizes": sizes,
         "linear": linear_settings,
     }
     write_json(folder / "model.json", told)
     write_json(folder / "history.json", state.history)
-    return {**found, "score": score, "train_seconds": round(state.seconds, 1)}
+    return {**found, "score": told["score"], "train_seconds": round(state.seconds, 1)}
 
 
 def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] | None:
@@ -470,7 +468,7 @@ def _train_ranker(
         histories=Histories.of(train, base.coding),
         interactions=train,
         vectors=base.vectors,
-        query_vectors_of=lambda users, histories: _queries(base, users, histories),
+        query_vectors_of=lambda users, histories, times: _queries(base, users, histories, times),
         hard=Ragged.of([ids[ids > 0] for ids in found]),
         attributes=dataset.catalog.features,
         user_attributes=dataset.users.features,
@@ -482,17 +480,52 @@ def _train_ranker(
     with job.placement.strategy.scope():
         ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
     ranker.adapt_scalars(batches.sample_scalars())
+    assert isinstance(base.engine, TensorFlowEngine)
+    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
     state = Trainer(ranker, config, job.placement).fit(
         batches,
         work_dir=job.work / "select",
         title="ranking",
+        validate=_ranker_validation(job, base, tasks),
         callbacks=job.trackers("ranking"),
     )
     return ranker, sizes, state
 
 
-def _queries(base: Recommender, users: Rows, histories: Histories) -> Floats:
-    return base.queries(Who(histories, base.profile[users], base.users.features[users]))
+def _ranker_validation(
+    job: _Job, base: Recommender, tasks: tuple[str, ...]
+) -> Callable[[], Metrics] | None:
+    """What tells how well ``click`` alone orders the candidates of some validation users."""
+    users, target, times = _validated(job, MOST_IN_TRAINING)
+    if not len(users):
+        return None
+    policy = replace(base.policy, score={"retrieval": 1.0, "click": 1.0}, tasks=tasks)
+    asked = base.who(base.interactions, users, times)
+    query = base.queries(asked)
+    rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
+
+    def validate() -> Metrics:
+        found = 0.0
+        for start in range(0, len(users), BLOCK):
+            part = np.arange(start, min(start + BLOCK, len(users)))
+            clicks = base.parts(asked.take(part), query[part], rows[part], policy)["click"]
+            found += len(part) * _ndcg(clicks, rows[part], target[part])
+        return {"ndcg@10": found / len(users)}
+
+    return validate
+
+
+def _validated(job: _Job, most: int) -> tuple[Rows, Rows, Times]:
+    """At most so many users with validation events, their first such events' items and times."""
+    users, targets, offsets, times = held_out(job.dataset)
+    chosen = np.arange(len(users))
+    if len(users) > most:
+        chosen = np.sort(np.random.default_rng(job.config.seed).choice(len(users), most, False))
+    return users[chosen], targets[offsets[:-1][chosen]], times[chosen]
+
+
+def _queries(base: Recommender, users: Rows, histories: Histories, times: Times) -> Floats:
+    return base.queries(Who(histories, base.profile[users], base.users.features[users], times))
 
 
 def _scalars(base: Recommender, query: Floats, histories: Histories, rows: Rows) -> Floats:
@@ -506,26 +539,54 @@ def _scalars(base: Recommender, query: Floats, histories: Histories, rows: Rows)
 
 # --- how the parts of the score are put together ---
 
-STEPS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+STEPS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 LEAST_GAIN = 0.005
+TEXT_DECAYS = (0.8, 1.0, 0.6)
+MOST_VALIDATED = 20_000  # users that the weights are chosen on
+MOST_IN_TRAINING = 1_000  # users that an epoch of the ranker is judged on
 
 
-def _choose_score(
-    job: _Job, base: Recommender, config: RankingConfig
-) -> tuple[dict[str, float], dict[str, Any]]:
+def _choose_policy(
+    job: _Job, base: Recommender, tasks: tuple[str, ...]
+) -> tuple[Policy, dict[str, Any]]:
     """Weights of the parts of the final score, chosen on the validation events.
 
     Every part is measured in standard deviations of the retrieval score within a user's
     candidates. One part after the other, twice over, gets the weight with which NDCG@10 of each
     user's first validation event is best; a part that does not gain half a percent gets none.
     """
-    if config.score:
-        return dict(config.score), {}
-    users, targets, offsets = held_out(job.dataset)
-    if len(users) == 0:
-        return {"retrieval": 1.0}, {}
-    parts, rows = _validation_parts(base, users)
-    target = targets[offsets[:-1]]
+    config = job.adapt.ranking
+    policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
+    users, target, times = _validated(job, MOST_VALIDATED)
+    if config.score or len(users) == 0:
+        return replace(policy, score=dict(config.score) or policy.score), {}
+    everything = ("retrieval", "linear", "text", "popularity", *tasks)
+    policy = replace(policy, text_decay=_text_decay(base, policy, users, target))
+    parts, rows = _validation_parts(
+        base, users, times, replace(policy, score=dict.fromkeys(everything, 1.0))
+    )
+    score, found = _choose_score(parts, rows, target)
+    return replace(policy, score=score), found
+
+
+def _text_decay(base: Recommender, policy: Policy, users: Rows, target: Rows) -> float:
+    """The decay with which text alone is best."""
+    if not base.text.shape[1]:
+        return policy.text_decay
+    found = dict.fromkeys(TEXT_DECAYS, 0.0)
+    for start in range(0, len(users), BLOCK):
+        asked = base.who(base.interactions, users[start : start + BLOCK])
+        for decay in TEXT_DECAYS:
+            query = base.text_queries(asked, replace(policy, text_decay=decay))
+            best = base.text_index.search(query, 10, asked.seen)
+            found[decay] += len(asked) * _ndcg(best.scores, best.ids, target[start:][: len(asked)])
+    return max(found, key=lambda decay: found[decay])
+
+
+def _choose_score(
+    parts: Mapping[str, Floats], rows: Rows, target: Rows
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """See :func:`_choose_policy`."""
     scale = {name: _spread(values, rows > 0) for name, values in parts.items()}
     unit = {n: scale["retrieval"] / s for n, s in scale.items() if s > 0 and n != "retrieval"}
     score = {"retrieval": 1.0}
@@ -546,15 +607,18 @@ def _choose_score(
     return {name: weight for name, weight in score.items() if weight}, found
 
 
-def _validation_parts(base: Recommender, users: Rows) -> tuple[dict[str, Floats], Rows]:
+def _validation_parts(
+    base: Recommender, users: Rows, times: Times, policy: Policy
+) -> tuple[dict[str, Floats], Rows]:
     """Parts of the score of every validation user's candidates, padded with row 0."""
     all_parts: list[dict[str, Floats]] = []
     all_rows: list[Rows] = []
     for start in range(0, len(users), BLOCK):
-        asked = base.who(base.interactions, users[start : start + BLOCK])
+        part = slice(start, start + BLOCK)
+        asked = base.who(base.interactions, users[part], times[part])
         query = base.queries(asked)
-        rows, linear = base.candidates(asked, query, base.policy.candidates, asked.seen)
-        all_parts.append(base.parts(asked, query, rows, linear, rank=True))
+        rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
+        all_parts.append(base.parts(asked, query, rows, policy))
         all_rows.append(rows)
     parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
     return parts, np.concatenate(all_rows)

@@ -71,6 +71,7 @@ class Recommends(Protocol):
         users: NDArray[np.int32],
         k: int,
         exclude_history: bool = True,
+        request_time: NDArray[np.int64] | None = None,
     ) -> dict[str, TopK]:
         """Lists of each part of the chain."""
 
@@ -183,8 +184,14 @@ class _Evaluation:
         began = time.monotonic()
         self._fit_baselines()
         with self._timed("lists of our models"):
+            users = self.around.users
             lists = recommender.lists(
-                self.history, self.around.users, max(self.ks), self.settings.exclude_history
+                self.history,
+                users,
+                max(self.ks),
+                self.settings.exclude_history,
+                # Of the first held-out event; read by models with request_time alone.
+                self.held_out.timestamp[self.held_out.offsets[:-1][users]],
             )
         self.models += [_Model(key, found, True) for key, found in lists.items()]
         with self._timed("predictions of the ranker"):
@@ -376,11 +383,19 @@ class _Evaluation:
             "items": items,
             "items_with_events": around.items_with_events,
             "exclude_history": self.settings.exclude_history,
-            "refit": self.config.adapt.refit,
+            "refit": self._trained_with("refit"),
+            "request_time": self._trained_with("retrieval", "request_time"),
             "diversity_of": around.vectors_of,
             "bootstrap": self.settings.bootstrap,
         }
         return told | {"notes": protocol_notes(told)}
+
+    def _trained_with(self, *keys: str) -> bool:
+        """A switch of ``[adapt]`` as the models were trained with it."""
+        told: Any = self.parents["retrieval"].config["adapt"]
+        for key in keys:
+            told = told[key]
+        return bool(told)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
