@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
 
-.PHONY: help setup setup-train demo test check docs bench clean
+.PHONY: help setup setup-train demo test check docs bench bench-train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ docs: $(DEV) ## write the generated pages of docs/ again
 
 bench: $(DEV) ## measure everything that docs/benchmarks quotes (hours on two cores)
 	@set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an environment of its own)
+	$(BIN)/python benchmarks/train_throughput.py
 
 setup: $(DEV) ## .venv with everything
 

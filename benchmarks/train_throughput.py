@@ -3,16 +3,17 @@
     python benchmarks/train_throughput.py [--peer-python PATH] [--raw DIR]
 
 Both sides train on the same events (the training part of leave-one-out, each user's last ones), on
-the item ids alone, with the same width, blocks, heads, length, exact softmax over the catalog and
-number of threads, each in a process of its own and in its own training loop (Keras' `fit`,
-Lightning's `Trainer`, data loading included). The two take turns, and medians are compared. A
-sequence is a user's last events, of which both learn at most `--length` targets. RecTools pads
-every sequence to that length; we pack several into a row, and take as many rows as hold a batch of
-the same number of sequences.
+the item ids alone, with the same width, blocks, heads, width of the feed-forward layers, length,
+exact softmax over the catalog and number of threads, each in a process of its own and in its own
+training loop (Keras' `fit`, Lightning's `Trainer`, data loading included). The two take turns, and
+medians are compared. A sequence is a user's last events, of which both learn at most `--length`
+targets. RecTools pads every sequence to that length; we pack several into a row, and take as many
+rows as hold a batch of the same number of sequences.
 
-What is not the same, each at its own default: our feed-forward layers are four times as wide as the
-model, RecTools' as wide as it; we average the weights; we compile the step with XLA. RecTools runs
-with the settings of the C library's allocator that double its speed (MALLOC_*).
+What is not the same: we average the weights, and compile the step with XLA. Our own default is
+feed-forward layers four times as wide as the model (--feed-forward 4), where RecTools has them as
+wide as it. RecTools runs with those settings of the C library's allocator (MALLOC_*) that double
+its speed.
 
 Without --peer-python an environment with RecTools is made in the cache folder (about 1.5 GB).
 """
@@ -66,7 +67,7 @@ class Turns:
         self.ends.append(time.perf_counter())
 
 
-def ours(events: Path, batch: int, length: int) -> None:
+def ours(events: Path, batch: int, length: int, feed_forward: int) -> None:
     from tfrec.config import RetrievalConfig
     from tfrec.data.sequences import EventCoding, Histories, PackedSequences
     from tfrec.distribution import place
@@ -82,7 +83,8 @@ def ours(events: Path, batch: int, length: int) -> None:
     sequences = PackedSequences(histories, ones, length, 1)
     users, rows = len(histories), len(sequences.epoch(0)["item"])
     config = RetrievalConfig(
-        embedding_dim=WIDTH, layers=BLOCKS, heads=HEADS, history=length, dropout=DROPOUT,
+        embedding_dim=WIDTH, layers=BLOCKS, heads=HEADS, feed_forward=feed_forward,
+        history=length, dropout=DROPOUT,
         id_dropout=0.0, time_gaps=False, events=False, loss="full_softmax",
         batch_size=max(round(batch * rows / users), 1),
     )  # fmt: skip
@@ -104,7 +106,7 @@ def ours(events: Path, batch: int, length: int) -> None:
     turns.serve(run)
 
 
-def peer(events: Path, batch: int, length: int) -> None:
+def peer(events: Path, batch: int, length: int, feed_forward: int) -> None:
     import logging
     import warnings
 
@@ -170,8 +172,8 @@ def read(events: Path) -> tuple[np.ndarray, np.ndarray, int]:
 class Side:
     """A process that trains when it is told to."""
 
-    def __init__(self, name: str, python: str, events: Path, batch: int, length: int, env: dict):
-        command = [python, __file__, "--side", name, str(events), str(batch), str(length)]
+    def __init__(self, name: str, python: str, events: Path, env: dict, *sizes: int):
+        command = [python, __file__, "--side", name, str(events), *map(str, sizes)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         self.process = subprocess.Popen(
             command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -245,9 +247,10 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
     threads = str(told.threads)
     env = {**os.environ, "TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": threads}
     theirs = {**os.environ, **MALLOC, "OMP_NUM_THREADS": threads}
+    sizes = (batch, told.length, told.feed_forward)
     sides = {
-        "ours": Side("ours", sys.executable, events, batch, told.length, env),
-        "rectools": Side("peer", python, events, batch, told.length, theirs),
+        "ours": Side("ours", sys.executable, events, env, *sizes),
+        "rectools": Side("peer", python, events, theirs, *sizes),
     }
     steps = max(told.sequences // batch, 3)
     rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -264,6 +267,7 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
     return {
         "data": events.stem,
         "batch": batch,
+        "feed_forward": told.feed_forward,
         "steps": steps,
         "rates": rates,
         **medians,
@@ -274,7 +278,7 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
 def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         side = {"ours": ours, "peer": peer}[sys.argv[2]]
-        side(Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        side(Path(sys.argv[3]), *map(int, sys.argv[4:7]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", default="", help=f"a Python with RecTools {RECTOOLS}")
@@ -284,10 +288,13 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["movielens-100k", "movielens-1m"])
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 32], help="sequences")
     parser.add_argument("--length", type=int, default=100)
+    parser.add_argument("--feed-forward", type=int, default=1, help="of ours, in widths")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5, help="measurements of each side")
     parser.add_argument("--sequences", type=int, default=4096, help="in a measurement")
     told = parser.parse_args()
+    from tfrec.errors import SetupError
+
     python = told.peer_python or peer_python()
     load = os.getloadavg()[0]
     print(f"{processor()}, {told.threads} threads; load {load:.1f} when it began", flush=True)
@@ -295,7 +302,11 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in told.data:
-            events = prepared(name, told.raw, Path(scratch), told.length)
+            try:
+                events = prepared(name, told.raw, Path(scratch), told.length)
+            except SetupError as missing:
+                print(f"{name:>16} left out: {missing}", flush=True)
+                continue
             for batch in told.batches:
                 one = compare(events, batch, python, told)
                 found.append(one)

@@ -154,6 +154,9 @@ class RetrievalConfig(TrainingConfig):
     embedding_dim: int = Field(64, ge=4, le=4096, description="width of query and candidate")
     layers: int = Field(2, ge=0, le=48, description="transformer blocks of the query tower")
     heads: int = Field(2, ge=1, le=64, description="attention heads of a block")
+    feed_forward: int = Field(
+        4, ge=1, le=16, description="width of the blocks' feed-forward layers, in embedding_dim"
+    )
     history: int = Field(100, ge=1, le=4096, description="events of a history that are read")
     dropout: float = Field(
         0.3, ge=0, lt=1, description="share of the query tower's activations left out in a step"

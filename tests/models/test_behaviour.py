@@ -170,8 +170,18 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 
 def test_config_round_trip():
-    settings = {"width": 8, "length": 6, "layers": 1, "heads": 4, "dropout": 0.1, "causal": False}
+    settings = {
+        "width": 8,
+        "length": 6,
+        "layers": 1,
+        "heads": 4,
+        "dropout": 0.1,
+        "causal": False,
+        "feed_forward": 2,
+    }
     config = BehaviourEncoder(**settings, name="b").get_config()
     again = BehaviourEncoder.from_config(config)
     assert again.get_config() == config
     assert settings.items() <= config.items()
+    again(tf.zeros([1, 6, 8]), tf.ones([1, 6], tf.int32))
+    assert again.blocks[0].expand.kernel.shape == (8, 16)

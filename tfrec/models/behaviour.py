@@ -14,8 +14,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
 
     Self-attention as in SASRec (Kang & McAuley 2018, "Self-Attentive Sequential Recommendation")
     with a learned bias for each distance and head (Raffel et al. 2020, "T5") and GELU feed-forward
-    layers of four times the width. Places of different segments of a row do
-    not see each other, and segment 0 is padding.
+    layers. Places of different segments of a row do not see each other, and segment 0 is padding.
 
     Args:
       width: Width of the sequence, d.
@@ -24,6 +23,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
       heads: Attention heads; must divide ``width``.
       dropout: Share of activations dropped in training.
       causal: Whether a place sees only itself and what came before.
+      feed_forward: Width of the feed-forward layers, in widths of the sequence.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
         heads: int = 2,
         dropout: float = 0.3,
         causal: bool = True,
+        feed_forward: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -46,10 +47,11 @@ class BehaviourEncoder(tf_keras.layers.Layer):
             "heads": heads,
             "dropout": dropout,
             "causal": causal,
+            "feed_forward": feed_forward,
         }
         self.causal = causal
         self.blocks = [
-            TransformerBlock(width, length, heads, dropout, name=f"block_{i}")
+            TransformerBlock(width, length, heads, dropout, feed_forward, name=f"block_{i}")
             for i in range(layers)
         ]
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="norm")
@@ -88,14 +90,22 @@ def attention_mask(segment: Any, causal: bool) -> Any:
 class TransformerBlock(tf_keras.layers.Layer):
     """Pre-norm self-attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, width: int, length: int, heads: int, dropout: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        width: int,
+        length: int,
+        heads: int,
+        dropout: float,
+        feed_forward: int = 4,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.width, self.heads, self.rate = width, heads, dropout
         self.attention_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6)
         self.qkv = tf_keras.layers.Dense(3 * width, name="qkv")
         self.project = tf_keras.layers.Dense(width, name="project")
         self.feed_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6)
-        self.expand = tf_keras.layers.Dense(4 * width, name="expand")
+        self.expand = tf_keras.layers.Dense(feed_forward * width, name="expand")
         self.contract = tf_keras.layers.Dense(width, name="contract")
         self.dropout = Dropout(dropout)
         self.bias = self.add_weight(name="bias", shape=(heads, length), initializer="zeros")

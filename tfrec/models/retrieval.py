@@ -59,6 +59,7 @@ class TwoTower(TaskModel):
             self.coding.num_events,
             layers=config.layers,
             heads=config.heads,
+            feed_forward=config.feed_forward,
             dropout=config.dropout,
             events=config.events,
             time_gaps=config.time_gaps,

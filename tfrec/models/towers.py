@@ -110,6 +110,7 @@ class QueryTower(tf_keras.layers.Layer):
       events: Whether event types and ratings are read.
       time_gaps: Whether the time between events is read.
       request_time: Whether the time until the request is read.
+      feed_forward: Width of the blocks' feed-forward layers, in ``embedding_dim``.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class QueryTower(tf_keras.layers.Layer):
         events: bool = True,
         time_gaps: bool = True,
         request_time: bool = False,
+        feed_forward: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -136,6 +138,7 @@ class QueryTower(tf_keras.layers.Layer):
             "events": events,
             "time_gaps": time_gaps,
             "request_time": request_time,
+            "feed_forward": feed_forward,
         }
         self.width = embedding_dim
         # Without event types a start token and an event are still told apart, by codes 0 and 1.
@@ -160,7 +163,13 @@ class QueryTower(tf_keras.layers.Layer):
         )
         self.dropout = Dropout(dropout)
         self.encoder = BehaviourEncoder(
-            embedding_dim, length, layers=layers, heads=heads, dropout=dropout, name="encoder"
+            embedding_dim,
+            length,
+            layers=layers,
+            heads=heads,
+            dropout=dropout,
+            feed_forward=feed_forward,
+            name="encoder",
         )
 
     def call(
