@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import tfrec
@@ -28,6 +29,13 @@ def test_every_public_name_can_be_had():
     assert sorted(tfrec.__all__) == dir(tfrec)
     for name in tfrec.__all__:
         assert getattr(tfrec, name) is not None, name
+
+
+def test_what_a_recommender_takes_and_gives_is_public():
+    hints = typing.get_type_hints(tfrec.Recommender.recommend)
+    assert typing.get_args(hints["requests"]) == (tfrec.Request,)
+    (answer,) = typing.get_args(hints["return"])
+    assert typing.get_args(answer) == (tfrec.Recommended,)
 
 
 def test_no_module_reads_or_writes_pickles():

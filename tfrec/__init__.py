@@ -19,6 +19,8 @@ _PUBLIC = {
     "TwoTower": "tfrec.models.retrieval",
     "Ranker": "tfrec.models.ranking",
     "Recommender": "tfrec.recommender",
+    "Request": "tfrec.recommender",
+    "Recommended": "tfrec.recommender",
     "TopK": "tfrec.recommender",
     "load_recommender": "tfrec.stages.recommend",
     "run": "tfrec.pipeline",
