@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import re
 import shlex
@@ -177,7 +178,7 @@ class TestStages:
                 module.summary_lines = lambda found: ["a summary"]
                 module.summary = lambda found: "a summary"
                 monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
-                monkeypatch.setattr(sys.modules[package], name, module, raising=False)
+                monkeypatch.setattr(importlib.import_module(package), name, module, raising=False)
         return calls
 
     @pytest.mark.parametrize(
@@ -248,9 +249,11 @@ class TestRecommend:
 
     def test_what_is_not_given_is_left_to_the_run(self, asked):
         assert cli.main(["recommend", "DIR", "--user", "7"]) == 0
-        nothing = {"users_file", "history", "profile", "k", "out"}
+        nothing = {"users_file", "history", "profile", "include_seen", "k", "out"}
         assert {name for name, value in asked.items() if value is None} == nothing
-        assert (asked["include_seen"], asked["format"], asked["filters"]) == (False, "csv", {})
+        assert (asked["format"], asked["filters"]) == ("csv", {})
+        assert cli.main(["recommend", "DIR", "--user", "7", "--no-include-seen"]) == 0
+        assert asked["include_seen"] is False
 
     def test_an_empty_history_is_a_request(self, asked):
         assert cli.main(["recommend", "DIR", "--history", "", "--profile", ""]) == 0

@@ -304,7 +304,7 @@ def _add_recommend(verbs: Verbs) -> None:
     )
     who.add_argument("--profile", metavar="TEXT", help="what the person likes, in words")
     what = verb.add_argument_group("what")
-    what.add_argument("--k", type=_positive, metavar="N", help="items for each user (10)")
+    what.add_argument("--k", type=_positive, metavar="N", help="items for each user (recommend.k)")
     what.add_argument(
         "--exclude", type=_ids, metavar="IDS", action="extend", default=[], help="never these items"
     )
@@ -322,7 +322,9 @@ def _add_recommend(verbs: Verbs) -> None:
         "several columns all of them",
     )
     what.add_argument(
-        "--include-seen", action="store_true", help="items of the history may come again"
+        "--include-seen",
+        action=argparse.BooleanOptionalAction,
+        help="whether items of the history may come again (as recommend.exclude_seen says)",
     )
     where = verb.add_argument_group("where to")
     where.add_argument("--out", type=Path, metavar="FILE", help="a file instead of the screen")

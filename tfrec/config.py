@@ -23,6 +23,9 @@ from tfrec.errors import ConfigError
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
+FILE = "config.json"
+"""What a run was told, in its folder."""
+
 _BARE_LIST = re.compile(r"""\[[^][{}"']*\]""")
 
 

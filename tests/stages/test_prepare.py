@@ -1,5 +1,6 @@
 """prepare: one artifact, made once for the same settings and files, or not at all."""
 
+import json
 import os
 
 import pytest
@@ -70,6 +71,13 @@ def test_it_is_made_once_for_the_same_settings_and_files(files):
     assert os.stat(first.path).st_ino != inode
 
 
+def test_it_leaves_what_the_run_was_told_even_where_nothing_is_made(files):
+    for k in ("3", "4"):
+        asked = config(files, f"recommend.k={k}")
+        prepare.run(asked, files / "run")
+        assert Config.parse(json.loads((files / "run" / "config.json").read_text())) == asked
+
+
 def test_other_settings_or_changed_files_make_it_anew(files):
     first = prepare.run(config(files), files / "run")
     other = prepare.run(config(files, "data.split=none"), files / "run")
@@ -115,7 +123,7 @@ def test_bad_input_is_one_line_and_leaves_what_was_there(files, file, content, p
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
     assert Artifact.load(good.path).digest == good.digest
-    assert os.listdir(files / "run") == ["prepare"]
+    assert sorted(os.listdir(files / "run")) == ["config.json", "prepare"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tfrec.artifact import Artifact, current, writing
-from tfrec.config import Config
+from tfrec.artifact import Artifact, current, write_json, writing
+from tfrec.config import FILE, Config
 from tfrec.data import sources
 from tfrec.data.building import build
 from tfrec.data.cleaning import REASONS
@@ -20,7 +20,8 @@ _PARTS = ("train", "valid", "test")
 def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
     """Reads, cleans and splits the data, and leaves it at ``out/prepare``.
 
-    Nothing is done if the same configuration has already prepared the same input files there.
+    Nothing is made if the same configuration has already prepared the same input files there.
+    The whole configuration is left at ``out/config.json``, where recommend finds its defaults.
 
     Args:
       config: Its ``[data]`` section is read, and the seed if the split is drawn at random.
@@ -36,13 +37,14 @@ def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
     folder = Path(out) / FOLDER
     recipe = _recipe(config)
     found = None if force else current(folder, kind=KIND, config=recipe)
-    if found is not None:
-        return found
-    built = build(sources.read(config.data), config.data, config.seed)
-    with writing(folder, kind=KIND, config=recipe) as draft:
-        Dataset(built.interactions, built.catalog, built.users).write(draft.path)
-        draft.metrics.update(built.summary)
-    return Artifact.peek(folder, KIND)
+    if found is None:
+        built = build(sources.read(config.data), config.data, config.seed)
+        with writing(folder, kind=KIND, config=recipe) as draft:
+            Dataset(built.interactions, built.catalog, built.users).write(draft.path)
+            draft.metrics.update(built.summary)
+        found = Artifact.peek(folder, KIND)
+    write_json(Path(out) / FILE, config.dump())
+    return found
 
 
 def summary_lines(artifact: Artifact) -> list[str]:

@@ -15,9 +15,10 @@ from typing import Literal
 from tqdm import tqdm
 
 from tfrec.artifact import write_text
+from tfrec.config import FILE, Config, RecommendConfig
 from tfrec.data.raw import read_table
 from tfrec.data.tables import open_table
-from tfrec.errors import InputError
+from tfrec.errors import ConfigError, InputError
 from tfrec.models.engine import load_recommender
 from tfrec.recommender import Recommended, Recommender, Request
 
@@ -34,7 +35,7 @@ def run(
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
     filters: Mapping[str, Sequence[str]] | None = None,
-    include_seen: bool = False,
+    include_seen: bool | None = None,
     k: int | None = None,
     out: Path | None = None,
     format: Literal["csv", "jsonl"] = "csv",
@@ -51,18 +52,20 @@ def run(
       exclude: Item ids that must not come.
       include: Item ids to choose among; empty: all.
       filters: Attribute column -> values, one of which the items must have.
-      include_seen: Whether items of the history may come.
-      k: Items for each user; None: 10.
+      include_seen: Whether items of the history may come; None: as the run was told.
+      k: Items for each user; None: as the run was told.
       out: The file to write; None: standard output.
       format: ``csv`` with ``user_id,item_id,rank,score``, or ``jsonl`` with titles and sources.
 
     Raises:
       ArtifactError: the run is missing or unfinished.
-      InputError: the users file cannot be read, or a filter names no attribute.
+      ConfigError: what the run was told cannot be read.
+      InputError: k is below 1, the users file cannot be read, or a filter names no attribute.
     """
     users = list(user_ids or ())
     if users_file is not None:
         users += read_table(open_table(users_file, "--users"), "user_id", {}).ids
+    told = _told(Path(folder))
     recommender = load_recommender(folder)
     requests = [
         Request(
@@ -72,18 +75,31 @@ def run(
             exclude=tuple(exclude or ()),
             include=tuple(include or ()),
             filters=dict(filters or {}),
-            include_seen=include_seen,
+            include_seen=not told.exclude_seen if include_seen is None else include_seen,
         )
         for user in users or [""]
     ]
     _check_ids(recommender, requests[0])
-    answers = _answers(recommender, requests, k or 10)
+    answers = _answers(recommender, requests, told.k if k is None else k)
     text = (_jsonl if format == "jsonl" else _csv)(requests, answers)
     if out is None:
         sys.stdout.write(text)
     else:
         write_text(out, text)
     _say_sources(answers)
+
+
+def _told(folder: Path) -> RecommendConfig:
+    """The run's ``[recommend]`` section; the defaults where it left no configuration."""
+    path = folder / FILE
+    if not path.is_file():
+        return RecommendConfig()
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        section = tree.get("recommend", {})
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
+    return Config.parse({"recommend": section}).recommend
 
 
 def _answers(
