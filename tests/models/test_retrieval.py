@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_bert import write_tiny_bert
 from toys import LENGTHS, make_batches, make_histories, make_two_tower, small_config
 
 from tfrec.config import RetrievalConfig
@@ -12,6 +13,7 @@ from tfrec.distribution import place
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.keras_bridge import set_precision, set_seed, tf
 from tfrec.models.retrieval import TwoTower, uses_full_softmax
+from tfrec.models.text import TextEncoder
 from tfrec.training import fit
 
 ITEMS = 12
@@ -33,6 +35,22 @@ def encoded(model, batch):
         tf.gather(vectors, batch["item"]), batch, batch["profile"], batch["attributes"]
     )
     return vectors.numpy().astype(np.float64), hidden.numpy().astype(np.float64)
+
+
+def test_an_item_without_text_is_the_same_in_training_and_in_serving(tmp_path):
+    write_tiny_bert(tmp_path)
+    encoder = TextEncoder.load(tmp_path, length=8)
+    ids, mask = encoder.tokenize(["", "a war film", "", "a love story"])
+    text = encoder.encode(["", "a war film", "", "a love story"])
+    text[[0, 2]] = 0
+    model = TwoTower(
+        small_config(loss="sampled"), text, np.zeros((4, 0), np.float32), encoder=encoder
+    )
+    rows = np.array([2, 3, 0], np.int32)
+    batch = {"items": rows, "token_ids": ids[rows], "padding_mask": mask[rows]}
+    trained = model._candidates({n: tf.constant(v) for n, v in batch.items()}, training=False)
+    served = model.encode_candidate(text[rows], np.zeros((3, 0), np.float32), rows)
+    np.testing.assert_allclose(trained.numpy(), served, atol=1e-5)
 
 
 # --- losses ---

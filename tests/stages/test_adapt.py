@@ -336,11 +336,33 @@ def test_profiles_without_item_texts_leave_the_bert_as_it_is(small, tmp_path):
 class TestScore:
     def test_held_out_events_are_those_of_each_user(self, small):
         dataset = Dataset.load(small / "run" / "prepare")
-        users, targets, offsets = adapt.held_out(dataset)
+        users, targets, offsets, times = adapt.held_out(dataset)
         valid: Interactions = dataset.interactions.part(VALID)
         for place, user in enumerate(users):
             start, stop = offsets[place : place + 2]
             assert targets[start:stop].tolist() == valid.histories([user])[0].tolist()
+            assert times[place] == valid.timestamp[valid.user == user].min()
+
+    def test_a_part_that_finds_the_target_gets_weight_and_noise_gets_none(self):
+        rng = np.random.default_rng(5)
+        rows = np.tile(np.arange(1, 101, dtype=np.int32), (300, 1))
+        target = rng.integers(1, 101, 300).astype(np.int32)
+        right = (rows == target[:, None]).astype(np.float32)
+        noise = rng.normal(size=(3, *rows.shape)).astype(np.float32)
+        parts = {
+            "retrieval": noise[0] + right,
+            "text": 0.01 * (noise[1] + 2 * right),
+            "popularity": np.zeros_like(right),
+        }
+        score, found = adapt._choose_score(parts, rows, target)
+        assert set(score) == {"retrieval", "text"}
+        # In units of each part's own spread, the better part counts more.
+        assert 1.0 <= 0.01 * score["text"] <= 5.0
+        assert found["validation"] > 1.5 * found["validation_retrieval_alone"]
+
+    def test_the_ranker_is_validated(self, finished):
+        records = json.loads(artifact(finished, "ranking").file("history.json").read_text())
+        assert all(0 <= record["ndcg@10"] <= 1 for record in records)
 
     def test_ndcg_is_that_of_the_definition(self):
         rows = np.array([[1, 2, 3], [1, 2, 3], [4, 5, 0], [4, 5, 0]], np.int32)
