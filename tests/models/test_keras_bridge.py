@@ -142,12 +142,11 @@ def test_an_unknown_name_is_an_attribute_error():
         bridge.nothing  # noqa: B018
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[2])
     clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True
-    )
+    env = {name: value for name, value in {**clean, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
 ASK = "from tfrec.errors import SetupError\ntry:\n    import tfrec.models.keras_bridge\n"
@@ -159,6 +158,30 @@ def test_the_bridge_overrules_the_shell():
     code += "print(tf.keras.Model is tf_keras.Model, keras3.config.backend())"
     answer = run(code, TF_USE_LEGACY_KERAS="0", KERAS_BACKEND="jax")
     assert answer.stdout == "True tensorflow\n"
+
+
+FAKE_DRIVER = "import ctypes\nplain = ctypes.CDLL\n"
+FAKE_DRIVER += "ctypes.CDLL = lambda name, *rest, **more: (\n"
+FAKE_DRIVER += "    {found} if name == 'libcuda.so.1' else plain(name, *rest, **more))\n"
+LEVEL = "import os\nfrom tfrec.models.keras_bridge import tf\n"
+LEVEL += "tf.config.list_physical_devices()\nprint(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "level"),
+    [
+        ("plain('no such driver')", {}, "3"),
+        ("object()", {}, "2"),
+        ("plain('no such driver')", {"TF_CPP_MIN_LOG_LEVEL": "1"}, "1"),
+    ],
+    ids=["no driver", "a driver", "the user has said"],
+)
+def test_a_machine_without_a_gpu_driver_is_no_error_to_talk_about(found, asked, level):
+    environment = {"TF_CPP_MIN_LOG_LEVEL": None} | asked
+    answer = run(FAKE_DRIVER.format(found=found) + LEVEL, **environment)
+    assert answer.stdout == f"{level}\n"
+    if level == "3":
+        assert answer.stderr == ""
 
 
 def test_tensorflow_imported_too_early_is_one_line_that_says_what_to_do():

@@ -13,6 +13,7 @@ linter that sorts imports cannot put TensorFlow before the environment.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import sys
@@ -37,7 +38,7 @@ def ensure() -> None:
       SetupError: TensorFlow or Keras was imported before with other settings, or is missing.
     """
     os.environ.update(_ENVIRONMENT)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if _has_nvidia_driver() else "3")
     tensorflow = _import("tensorflow")
     # Its warnings are for those who write TensorFlow code: retracing, deprecated names.
     tensorflow.get_logger().setLevel("ERROR")
@@ -67,6 +68,20 @@ def set_seed(seed: int) -> None:
     """Seeds Python, NumPy, TensorFlow and both Keras versions; layers made later follow it."""
     _import("keras").utils.set_random_seed(seed)
     tf_keras.utils.set_random_seed(seed)
+
+
+def _has_nvidia_driver() -> bool:
+    """Whether the library is there that TensorFlow looks for when it asks for GPUs.
+
+    Where it is not, TensorFlow says at the level of errors that it did not find it
+    (https://github.com/tensorflow/tensorflow/issues/37689), and CUDA_VISIBLE_DEVICES does not stop
+    it. Real errors come as exceptions too, and fatal ones are written at every level.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _import(module: str) -> Any:
