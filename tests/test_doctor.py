@@ -12,6 +12,7 @@ import pytest
 from tiny_bert import write_tiny_bert
 
 from tfrec import doctor
+from tfrec.artifact import writing
 from tfrec.data.catalog import Catalog, Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
@@ -169,21 +170,56 @@ def test_the_multilingual_model_is_suggested_where_the_english_one_cannot_read(t
 def test_a_dataset_or_its_folder_is_looked_at(tmp_path):
     dataset_of("千と千尋").save(tmp_path / "run" / "prepare")
     for folder in (tmp_path / "run", tmp_path / "run" / "prepare"):
-        assert findings(doctor._texts(folder))[0][0] == "warn"
-    assert findings(doctor._texts(dataset_of("the film")))[0][0] == "ok"
-    (finding,) = findings(doctor._texts(dataset_of("")))
+        (whole, texts) = findings(doctor._artifacts(folder))
+        assert whole[0] == "ok"
+        assert whole[1].startswith(f"artifact {tmp_path / 'run' / 'prepare'}: dataset, ")
+        assert whole[1].endswith("every digest matches")
+        assert texts[0] == "warn"
+    assert doctor._texts(dataset_of("the film"))[0] == "ok"
+    finding = doctor._texts(dataset_of(""))
     assert finding == ("warn", 'no item of the catalog has a text: set adapt.text = "none"')
 
 
-def test_a_folder_that_is_no_dataset_is_one_line(tmp_path):
-    ((status, line),) = findings(doctor._texts(tmp_path))
-    assert status == "fail"
-    assert str(tmp_path) in line
+def test_each_artifact_of_a_run_has_a_line_and_a_changed_byte_is_a_failure(tmp_path):
+    for name in ("retrieval", "ranking"):
+        with writing(tmp_path / "adapt" / name, kind=name, config={}) as draft:
+            (draft.path / "weights").write_bytes(bytes(2_500_000))
+    (tmp_path / "adapt" / "retrieval" / "weights").write_bytes(bytes(2_499_999) + b"1")
+    ranking, retrieval = findings(doctor._artifacts(tmp_path))
+    fine = f"artifact {tmp_path / 'adapt' / 'ranking'}: ranking, 2.5 MB"
+    assert ranking == ("ok", f"{fine}, every digest matches")
+    assert retrieval[0] == "fail"
+    assert "retrieval/weights does not match its digest" in retrieval[1]
 
 
-def test_texts_that_cannot_be_judged_are_one_line(monkeypatch):
+def test_a_damaged_manifest_is_a_failure_and_the_others_are_looked_at(tmp_path):
+    for name in ("a", "b"):
+        with writing(tmp_path / name, kind="ranking", config={}):
+            pass
+    (tmp_path / "a" / "manifest.json").write_text("[]")
+    (damaged, whole) = findings(doctor._artifacts(tmp_path))
+    assert (damaged[0], whole[0]) == ("fail", "ok")
+    assert "a/manifest.json is damaged" in damaged[1]
+
+
+@pytest.mark.parametrize("name", [".", "nowhere"])
+def test_a_folder_without_an_artifact_is_one_line(name, tmp_path):
+    assert findings(doctor._artifacts(tmp_path / name)) == [
+        ("fail", f"{tmp_path / name} holds no finished artifact")
+    ]
+
+
+def test_texts_that_cannot_be_judged_are_one_line(monkeypatch, tmp_path):
     def missing(name):
         raise SetupError("no weights here")
 
     monkeypatch.setattr(weights, "find", missing)
-    assert findings(doctor._texts(dataset_of("the film"))) == [("fail", "no weights here")]
+    dataset_of("the film").save(tmp_path)
+    assert findings(doctor._artifacts(tmp_path))[1:] == [("fail", "no weights here")]
+
+
+def test_the_folder_reaches_the_checks(tmp_path, monkeypatch):
+    for part in ("_python", "_packages", "_machine", "_caches", "_text_models", "_tensorflow"):
+        monkeypatch.setattr(doctor, part, list)
+    assert findings(doctor.diagnose()) == []
+    assert [status for status, _ in findings(doctor.diagnose(tmp_path))] == ["fail"]

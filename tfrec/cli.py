@@ -459,7 +459,10 @@ def _add_looks(verbs: Verbs) -> None:
         "something is broken.",
         epilog=_examples(
             ("before asking for help", "tfrec doctor"),
-            ("does the text model know the catalog's language?", "tfrec doctor runs/shop"),
+            (
+                "is a run whole, and does the text model know its catalog's language?",
+                "tfrec doctor saved_models/movielens-100k",
+            ),
         ),
     )
     doctor.set_defaults(handler=_doctor)
@@ -468,7 +471,7 @@ def _add_looks(verbs: Verbs) -> None:
         metavar="DIR",
         type=Path,
         nargs="?",
-        help="a run or a prepared dataset whose texts are looked at too",
+        help="a run or an artifact: every byte is checked, and the texts of its items looked at",
     )
 
 

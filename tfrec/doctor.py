@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import tfrec
-from tfrec.data.dataset import Dataset
+from tfrec.artifact import Artifact, below
+from tfrec.data.dataset import KIND, Dataset
 from tfrec.data.sources import cache_folder
 from tfrec.data.tokens import TextTokenizer
 from tfrec.errors import SetupError, TfrecError
@@ -49,11 +50,12 @@ _MULTILINGUAL = "multilingual-e5-small"
 _SAMPLE = 2000  # texts looked at
 
 
-def diagnose(dataset: Dataset | str | os.PathLike[str] | None = None) -> Iterator[Finding]:
+def diagnose(folder: str | os.PathLike[str] | None = None) -> Iterator[Finding]:
     """Looks at everything, quick things first.
 
     Args:
-      dataset: A prepared dataset, its folder, or the folder of a run, whose texts are looked at.
+      folder: A run or an artifact: every byte of the artifacts there is checked, and the texts of
+        datasets are looked at.
 
     Yields:
       Findings: status and line.
@@ -64,8 +66,8 @@ def diagnose(dataset: Dataset | str | os.PathLike[str] | None = None) -> Iterato
     yield from _caches()
     yield from _text_models()
     yield from _tensorflow()
-    if dataset is not None:
-        yield from _texts(dataset)
+    if folder is not None:
+        yield from _artifacts(Path(folder))
 
 
 def _python() -> Iterator[Finding]:
@@ -232,19 +234,27 @@ def _accelerators(tf: Any) -> Iterator[Finding]:
         )
 
 
-def _texts(dataset: Dataset | str | os.PathLike[str]) -> Iterator[Finding]:
-    try:
-        if not isinstance(dataset, Dataset):
-            folder = Path(dataset)
-            nested = folder / "prepare"
-            dataset = Dataset.load(nested if nested.is_dir() else folder)
-        texts = [text for text in dataset.catalog.texts if text]
-        if not texts:
-            yield "warn", 'no item of the catalog has a text: set adapt.text = "none"'
-            return
-        yield judge_texts(texts[:: max(len(texts) // _SAMPLE, 1)])
-    except TfrecError as error:
-        yield "fail", str(error)
+def _artifacts(folder: Path) -> Iterator[Finding]:
+    """A line for each artifact, and one for the texts of each dataset."""
+    found = below(folder)
+    if not found:
+        yield "fail", f"{folder} holds no finished artifact"
+    for path in found:
+        try:
+            artifact = Artifact.load(path)
+            size = sum(entry["bytes"] for entry in artifact.files.values()) / 1e6
+            yield "ok", f"artifact {path}: {artifact.kind}, {size:.1f} MB, every digest matches"
+            if artifact.kind == KIND:
+                yield _texts(Dataset.load(artifact))
+        except TfrecError as error:
+            yield "fail", str(error)
+
+
+def _texts(dataset: Dataset) -> Finding:
+    texts = [text for text in dataset.catalog.texts if text]
+    if not texts:
+        return "warn", 'no item of the catalog has a text: set adapt.text = "none"'
+    return judge_texts(texts[:: max(len(texts) // _SAMPLE, 1)])
 
 
 def judge_texts(texts: Sequence[str]) -> Finding:
