@@ -39,7 +39,7 @@ bench: $(DEV) ## measure everything that docs/benchmarks quotes (hours on two co
 	@set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an environment of its own)
-	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/train_throughput.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 
