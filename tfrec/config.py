@@ -183,16 +183,16 @@ class RetrievalConfig(TrainingConfig):
 class RankingConfig(TrainingConfig):
     """The multi-task ranker of `adapt/ranking`."""
 
-    epochs: int = Field(3, ge=1, le=100_000)
+    epochs: int = Field(10, ge=1, le=100_000)
     batch_size: int = Field(512, ge=1)
     learning_rate: float = Field(1e-3, gt=0, le=1)
     validate_every: int = Field(1, ge=1)
-    patience: int = Field(2, ge=0)
+    patience: int = Field(3, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     candidates: int = Field(200, ge=1, le=10_000, description="candidates that are ranked")
     negatives: int = Field(7, ge=1, le=1000, description="exposures beside each positive event")
     examples_per_user: int = Field(
-        8, ge=1, description="events of each user, drawn at random, that the ranker learns from"
+        16, ge=1, description="events of each user, drawn at random, that the ranker learns from"
     )
     history: int = Field(50, ge=1, le=4096, description="events of a history that are read")
     cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 cross layers")
