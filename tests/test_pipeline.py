@@ -1,11 +1,11 @@
 """run: the stages in order, and only those that are needed."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
 from tfrec import pipeline
+from tfrec.artifact import writing
 from tfrec.config import Config
 from tfrec.errors import ConfigError
 
@@ -70,10 +70,19 @@ def test_it_says_where_it_is(calls, tmp_path):
     ]
 
 
-def test_the_configuration_of_the_run_lies_in_its_folder(calls, tmp_path):
-    asked = config(seed=7)
-    pipeline.run(asked, tmp_path, say=lambda _: None)
-    assert Config.parse(json.loads((tmp_path / "config.json").read_text())) == asked
+def test_another_worker_prepares_and_evaluates_nothing_and_says_nothing(
+    calls, tmp_path, monkeypatch
+):
+    second = SimpleNamespace(chief=False, from_chief=lambda value: value)
+    monkeypatch.setattr(pipeline, "place", lambda _: second)
+    for folder, kind in (("prepare", "dataset"), ("evaluate", "report")):
+        with writing(tmp_path / folder, kind=kind, config={}) as draft:
+            draft.metrics["split"] = calls.split
+    said: list[str] = []
+    last = pipeline.run(config(), tmp_path, say=said.append)
+    assert last.kind == "report"
+    assert [call[0] for call in calls.made] == ["adapt", "adapt"]
+    assert said == []
 
 
 def test_data_that_cannot_be_read_leaves_no_configuration(tmp_path):

@@ -73,6 +73,7 @@ def tree(rows):
         "items_with_events": 4,
         "exclude_history": True,
         "refit": True,
+        "request_time": False,
         "diversity_of": "item attributes",
         "bootstrap": 200,
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tfrec.artifact import Artifact, write_json
+from tfrec.artifact import Artifact
 from tfrec.config import Config
-from tfrec.distribution import place
+from tfrec.distribution import Placement, place
 from tfrec.stages import adapt, evaluate, prepare
 
 
@@ -36,11 +36,9 @@ def run(
     say = say if placement.chief else _nothing
     out.mkdir(parents=True, exist_ok=True)
     say(f"prepare: {config.data.source}")
-    if placement.chief:
-        prepare.run(config, out, force=force)
-        write_json(out / "config.json", config.dump())
-    placement.from_chief(None)  # the other workers read what the chief has prepared
-    dataset = Artifact.peek(out / "prepare", "dataset")
+    dataset = _by_chief(
+        placement, out / prepare.FOLDER, lambda: prepare.run(config, out, force=force)
+    )
     for line in prepare.summary_lines(dataset):
         say(f"  {line}")
     say("adapt: retrieval")
@@ -49,11 +47,17 @@ def run(
     last = adapt.run(config, out, "ranking", force=force)
     if dataset.metrics["split"].get("test"):
         say("evaluate")
-        if placement.chief:
-            evaluate.run(config, out, force=force)
-        placement.from_chief(None)
-        last = Artifact.peek(out / evaluate.FOLDER, evaluate.KIND)
+        last = _by_chief(
+            placement, out / evaluate.FOLDER, lambda: evaluate.run(config, out, force=force)
+        )
     return last
+
+
+def _by_chief(placement: Placement, folder: Path, make: Callable[[], Artifact]) -> Artifact:
+    """What the chief makes at a folder while the other workers wait."""
+    made = make() if placement.chief else None
+    placement.from_chief(None)
+    return made or Artifact.peek(folder)
 
 
 def _nothing(_: str) -> None:

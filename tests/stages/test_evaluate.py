@@ -24,8 +24,8 @@ class _Recommender:
     def __init__(self, dataset, tasks=("click", "like", "rating")):
         self.dataset, self.tasks, self.asked = dataset, tasks, None
 
-    def lists(self, history, users, k, exclude_history=True):
-        self.asked = (history, exclude_history)
+    def lists(self, history, users, k, exclude_history=True, request_time=None):
+        self.asked, self.times = (history, exclude_history), request_time
         matrix = matrix_of(history, self.dataset.catalog.num_items)
         found = recommend(Ease(10.0).fit(matrix), matrix, users, k, exclude_history)
         wanted = self.dataset.interactions.part(TEST)
@@ -67,8 +67,9 @@ def _config(**settings):
 def _install(patch, out, dataset, **options):
     """A run folder up to `adapt`, whose recommender is the stand-in."""
     dataset.save(out / "prepare")
+    settings = {"adapt": _config().adapt.model_dump(mode="json")}
     for task in ("retrieval", "ranking"):
-        with writing(out / "adapt" / task, kind=task, config={}) as draft:
+        with writing(out / "adapt" / task, kind=task, config=settings) as draft:
             history = [{"epoch": 1, "loss": 2.0, "ndcg@10": 0.1}]
             write_json(draft.path / "history.json", history)
             draft.metrics["seconds"] = 3.0
@@ -128,6 +129,8 @@ def test_models_read_training_and_validation_events_only(finished):
     _, dataset, made, _ = finished
     history, excluded = made.asked
     assert excluded is True
+    held_out = dataset.interactions.part(TEST)
+    np.testing.assert_array_equal(made.times, held_out.timestamp[held_out.offsets[:-1]])
     assert sorted(set(history.split)) == [TRAIN, VALID]
     assert len(history) == len(dataset.interactions) - USERS
 
