@@ -343,6 +343,15 @@ class TestKilledBetweenTheRenames:
         with pytest.raises(ArtifactError, match="no artifact at"):
             Artifact.load(tmp_path / "z")
 
+    def test_a_folder_of_another_program_keeps_its_name(self, tmp_path):
+        make(tmp_path / "a")
+        other = tmp_path / ".browser.old"
+        other.mkdir()
+        (other / "manifest.json").write_text('{"manifest_version": 3}')
+        Artifact.load(tmp_path / "a")
+        assert other.is_dir()
+        assert not (tmp_path / "browser").exists()
+
 
 class TestBelow:
     def test_every_finished_artifact_of_a_run_is_found_and_no_draft(self, tmp_path):

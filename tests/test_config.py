@@ -269,3 +269,8 @@ class TestWrongFiles:
     def test_a_preset_that_is_none_gives_the_nearest(self):
         with pytest.raises(ConfigError, match="did you mean 'movielens-1m'"):
             Config.load("movielens-1mm")
+
+
+def test_a_part_of_the_score_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="'clik' is no part of the score; did you mean 'click'"):
+        Config.load("files", ["adapt.ranking.score={'clik': 1.0}".replace("'", '"')])

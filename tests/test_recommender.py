@@ -424,6 +424,15 @@ class TestScore:
         recommender = make(model, policy=Policy(ITEMS, 4, {"retrieval": 1e-9, "text": 1.0}))
         assert sorted(ask(recommender, 9, history=("i3",), include=("i1", "i5"))) == ["i1", "i5"]
 
+    def test_nothing_is_like_a_history_without_text(self, model):
+        recommender = make(model, policy=Policy(3, 4, {"retrieval": 1.0, "text": 1.0}))
+        recommender.text[9] = 0
+        asked, exclude = recommender._asked([Request(history=("i9",)), Request(history=("i3",))])
+        query = recommender.queries(asked)
+        found = recommender.candidates(asked, query, 3, exclude)
+        assert (found > 0).sum(axis=1)[0] == 3
+        assert (found > 0).sum(axis=1)[1] > 3
+
     def test_popularity_counts_events(self, model):
         recommender = make(model, policy=Policy(ITEMS, 4, {"popularity": 1.0}))
         found = recommender.catalog.rows(ask(recommender, ITEMS, history=("i2",)))

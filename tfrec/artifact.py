@@ -325,11 +325,10 @@ def _put_back(parent: Path) -> None:
         final = parent / old.name[1 : -len(".old")]
         if final.exists():
             continue
-        try:
+        with contextlib.suppress(ArtifactError, OSError):
+            _read_manifest(old)  # else it is not ours
+            # May fail: another process was faster, or this is read-only and stays as it is.
             os.rename(old, final)
-        except OSError:
-            if not final.exists():  # else another process was faster
-                raise
 
 
 @contextlib.contextmanager

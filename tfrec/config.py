@@ -23,6 +23,12 @@ from tfrec.errors import ConfigError
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
+SCORE_PARTS = (
+    *("retrieval", "linear", "text", "popularity"),
+    *("click", "like", "rating", "conversion"),
+)
+"""What the final score can be a weighted sum of."""
+
 FILE = "config.json"
 """What a run was told, in its folder."""
 
@@ -84,7 +90,7 @@ class DataConfig(Section):
         default_factory=dict, description="weight of each event type in training, 1 if not named"
     )
     positive_rating: float | None = Field(
-        None, description="drop rated events below this; none: every event counts as positive"
+        None, description="drop rated events below this; null: every event counts as positive"
     )
     max_events_per_day: int = Field(
         0, ge=0, description="users above this many events on one day are robots; 0: no limit"
@@ -184,7 +190,7 @@ class RankingConfig(TrainingConfig):
     """The multi-task ranker of `adapt/ranking`."""
 
     epochs: int = Field(10, ge=1, le=100_000)
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(512, ge=1, description="events of a global batch")
     learning_rate: float = Field(1e-3, gt=0, le=1)
     validate_every: int = Field(1, ge=1)
     patience: int = Field(3, ge=0)
@@ -210,6 +216,14 @@ class RankingConfig(TrainingConfig):
         description="weight of each part of the final score (retrieval, linear, text, popularity, "
         "click, like, rating, conversion); empty: chosen on validation",
     )
+
+    @field_validator("score")
+    @classmethod
+    def _parts_are_known(cls, score: dict[str, float]) -> dict[str, float]:
+        for part in score:
+            if part not in SCORE_PARTS:
+                raise ValueError(f"'{part}' is no part of the score" + _nearest(part, SCORE_PARTS))
+        return score
 
 
 class AdaptConfig(Section):

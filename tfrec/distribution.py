@@ -72,7 +72,12 @@ class Placement:
             own = tf.where(first, values, tf.zeros_like(values))
             return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
 
-        found = self.strategy.experimental_local_results(self.strategy.run(summed))[0]
+        try:
+            found = self.strategy.experimental_local_results(self.strategy.run(summed))[0]
+        except tf.errors.UnavailableError:
+            raise SetupError(
+                f"worker {self.worker} lost the others; what ended them, the chief says"
+            ) from None
         return np.asarray(found.numpy())
 
 

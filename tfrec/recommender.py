@@ -107,7 +107,8 @@ class LinearItems:
         out = np.zeros((len(histories), len(self.weights)), np.float32)
         # A history is short beside the catalog: adding its rows beats a product with all of them.
         for user, met in self._met(histories):
-            self.weights[met].sum(axis=0, out=out[user])
+            for start in range(0, len(met), BLOCK):
+                out[user] += self.weights[met[start : start + BLOCK]].sum(axis=0)
         return out
 
     def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
@@ -251,8 +252,10 @@ class Recommender:
         request_time: NDArray[np.int64] | None = None,
     ) -> Who:
         """Known users with the given events as their histories."""
+        known = history is self.interactions
+        histories = self._histories if known else Histories.of(history, self.coding)
         return Who(
-            Histories.of(history, self.coding).take(users),
+            histories.take(users),
             self.profile[users],
             self.users.features[users],
             request_time,
@@ -281,8 +284,10 @@ class Recommender:
         asked = self.who(history, users, request_time)
         alone = replace(self.policy, score={"retrieval": 1.0})
         out = {"retrieval": self._all(asked, k, exclude_history, alone)}
-        if self.linear is not None or not self.policy.plain:
+        if not self.policy.plain:
             out["ranking"] = self._all(asked, k, exclude_history, self.policy)
+        elif self.linear is not None:
+            out["ranking"] = out["retrieval"]
         return out
 
     def _all(self, asked: Who, k: int, exclude_history: bool, policy: Policy) -> TopK:
@@ -346,17 +351,17 @@ class Recommender:
             scores = self.linear.scores(asked.seen)[:, ids]
             found.append(top_k(scores, ids, min(count, max(len(ids), 1)), exclude).ids)
         if self.text.shape[1] and policy.uses("text"):
-            near = self.text_index if index is self.index else self._text_index(index.ids)
-            found.append(near.search(self.text_queries(asked, policy), count, exclude).ids)
+            everything = index is self.index
+            near = self.text_index if everything else ExactIndex(self.text[index.ids], index.ids)
+            words = self.text_queries(asked, policy)
+            alike = near.search(words, count, exclude).ids
+            found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
         return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
 
     @functools.cached_property
     def text_index(self) -> Index:
         """Index of the vectors of the items' texts; row i of the catalog has id i."""
-        return self._text_index(np.arange(1, len(self.catalog), dtype=np.int32))
-
-    def _text_index(self, rows: Rows) -> Index:
-        return make_index(self.text[rows], rows)
+        return make_index(self.text[1:], np.arange(1, len(self.catalog), dtype=np.int32))
 
     def text_queries(self, asked: Who, policy: Policy) -> Floats:
         """float32 (b, text width): mean text of a history, recent events first; length 1 or 0."""
@@ -459,29 +464,44 @@ class Recommender:
         asked, exclude = self._asked(requests)
         answers: list[list[Recommended]] = [[] for _ in requests]
         counts = np.diff(asked.histories.offsets)
+        words = self._encoded(
+            [
+                request.profile or ("" if known else self._profile_text(request))
+                for request, known in zip(requests, counts, strict=True)
+            ]
+        )
         known = np.flatnonzero(counts)
         if len(known):
-            who = asked.take(known)
-            deep = max(k, FUSED) if any(requests[p].profile for p in known.tolist()) else k
-            found = self.chain(who, deep, exclude.take(known), index, self.policy)
-            for place, ids, scores in zip(known.tolist(), found.ids, found.scores, strict=True):
-                words = requests[place].profile
-                if words and self.text.shape[1]:
-                    said = top_k(
-                        self._cold_scores(words, index.ids),
-                        index.ids,
-                        deep,
-                        exclude.take(np.array([place])),
-                    )
-                    ids, scores = _fused(ids, said.ids[0])
+            spoken = words[known].any(axis=1)
+            deep = max(k, FUSED) if spoken.any() else k
+            found = self.chain(asked.take(known), deep, exclude.take(known), index, self.policy)
+            said = iter(
+                self._cold(words[known[spoken]], deep, exclude.take(known[spoken]), index).ids
+            )
+            for row, place in enumerate(known.tolist()):
+                ids, scores = found.ids[row], found.scores[row]
+                if spoken[row]:
+                    ids, scores = _fused(ids, next(said))
                 answers[place] = self._named(ids[:k], scores[:k], "behaviour")
-        for place in np.flatnonzero(counts == 0).tolist():
-            profile = requests[place].profile or self._profile_text(requests[place])
-            source: Source = "text" if profile and self.text.shape[1] else "popular"
-            scores = self._cold_scores(profile if source == "text" else "", index.ids)
-            found = top_k(scores, index.ids, k, exclude.take(np.array([place])))
-            answers[place] = self._named(found.ids[0], found.scores[0], source)
+        cold = np.flatnonzero(counts == 0)
+        found = self._cold(words[cold], k, exclude.take(cold), index)
+        for row, place in enumerate(cold.tolist()):
+            source: Source = "text" if words[place].any() else "popular"
+            answers[place] = self._named(found.ids[row], found.scores[row], source)
         return answers
+
+    def _encoded(self, texts: Sequence[str]) -> Floats:
+        """float32 (n, text width), vectors of what seekers say; zeros where that is nothing."""
+        out = np.zeros((len(texts), self.text.shape[1]), np.float32)
+        distinct = list(dict.fromkeys(text for text in texts if text))
+        if distinct and self.text.shape[1]:
+            vector_of = dict(
+                zip(distinct, self.engine.encode_text(distinct, query=True), strict=True)
+            )
+            for row, text in enumerate(texts):
+                if text:
+                    out[row] = vector_of[text]
+        return out
 
     def _asked(self, requests: Sequence[Request]) -> tuple[Who, Ragged]:
         rows = [self.users.row(r.user_id) if r.user_id else -1 for r in requests]
@@ -542,14 +562,23 @@ class Recommender:
         row = self.users.row(request.user_id) if request.user_id else -1
         return self.users.texts[row] if row >= 0 else ""
 
-    def _cold_scores(self, profile: str, rows: Rows) -> Floats:
-        """(1, n): similarity of text to the profile, or popularity, which also breaks ties."""
+    def _cold(self, profile: Floats, k: int, exclude: Ragged | None, index: Index) -> TopK:
+        """For those without a history: what is like their words, or popular.
+
+        Args:
+          profile: float32 (b, text width), vectors of their words; zeros where there are none.
+          k: Places of a list.
+          exclude: Rows that must not come.
+          index: Its ids are what may come.
+        """
+        rows = index.ids
         share = self.popularity[rows] / max(float(self.popularity.max()), 1.0)
-        if not profile:
-            return share[None].astype(np.float32)
-        vector = self.engine.encode_text([profile], query=True)[0]
-        scores: Floats = (self.text[rows] @ vector + 1e-3 * share)[None].astype(np.float32)
-        return scores
+        scores = np.tile(share.astype(np.float32), (len(profile), 1))
+        spoken = profile.any(axis=1)
+        if spoken.any():
+            # Popularity breaks ties.
+            scores[spoken] = profile[spoken] @ self.text[rows].T + np.float32(1e-3) * share
+        return top_k(scores, rows, k, exclude)
 
     def _named(self, ids: Rows, scores: Floats, source: Source) -> list[Recommended]:
         return [

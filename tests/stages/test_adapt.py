@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiny_bert import write_tiny_bert
 from tfrec.artifact import Artifact
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import VALID, Interactions
-from tfrec.errors import ArtifactError, InputError
+from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender, load_two_tower
 from tfrec.stages import adapt, prepare
 
@@ -264,6 +265,12 @@ class TestKindsOfData:
         assert told(out)["score"] == score
         assert recommender.policy.ranks
 
+    def test_a_part_that_the_run_does_not_have_is_refused(self, small, tmp_path):
+        shutil.copytree(small / "run", tmp_path / "run")
+        config = board.config(small, 'adapt.ranking.score={"conversion": 1.0}', items=False)
+        with pytest.raises(ConfigError, match="names 'conversion', and this run has only"):
+            adapt.run(config, tmp_path / "run", "ranking")
+
 
 class TestTooLittle:
     """Either it works, or one line says what is lacking."""
@@ -362,6 +369,7 @@ class TestScore:
 
     def test_the_ranker_is_validated(self, finished):
         records = json.loads(artifact(finished, "ranking").file("history.json").read_text())
+        assert records
         assert all(0 <= record["ndcg@10"] <= 1 for record in records)
 
     def test_ndcg_is_that_of_the_definition(self):

@@ -27,7 +27,7 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, VALID
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.distribution import Placement, place
-from tfrec.errors import InputError, SetupError
+from tfrec.errors import ConfigError, InputError, SetupError
 from tfrec.index import Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.engine import (
@@ -516,11 +516,15 @@ def _ranker_validation(
 
 
 def _validated(job: _Job, most: int) -> tuple[Rows, Rows, Times]:
-    """At most so many users with validation events, their first such events' items and times."""
+    """At most so many users with validation events, their first such events' items and times.
+
+    Users without a training event are left out: the chain is not for them.
+    """
     users, targets, offsets, times = held_out(job.dataset)
-    chosen = np.arange(len(users))
-    if len(users) > most:
-        chosen = np.sort(np.random.default_rng(job.config.seed).choice(len(users), most, False))
+    known = np.diff(cut_of(job.dataset.interactions, "select").offsets)[users]
+    chosen = np.flatnonzero(known)
+    if len(chosen) > most:
+        chosen = np.sort(np.random.default_rng(job.config.seed).choice(chosen, most, False))
     return users[chosen], targets[offsets[:-1][chosen]], times[chosen]
 
 
@@ -558,6 +562,8 @@ def _choose_policy(
     config = job.adapt.ranking
     policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
     users, target, times = _validated(job, MOST_VALIDATED)
+    if config.score:
+        _check_parts(config.score, base, tasks)
     if config.score or len(users) == 0:
         return replace(policy, score=dict(config.score) or policy.score), {}
     everything = ("retrieval", "linear", "text", "popularity", *tasks)
@@ -567,6 +573,18 @@ def _choose_policy(
     )
     score, found = _choose_score(parts, rows, target)
     return replace(policy, score=score), found
+
+
+def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str, ...]) -> None:
+    there = {"retrieval", "popularity", *tasks}
+    there |= {"linear"} if base.linear is not None else set()
+    there |= {"text"} if base.text.shape[1] else set()
+    for part in score:
+        if part not in there:
+            raise ConfigError(
+                f"adapt.ranking.score names '{part}', and this run has only: "
+                f"{', '.join(sorted(there))}"
+            )
 
 
 def _text_decay(base: Recommender, policy: Policy, users: Rows, target: Rows) -> float:
