@@ -472,7 +472,7 @@ class Recommender:
         )
         known = np.flatnonzero(counts)
         if len(known):
-            spoken = words[known].any(axis=1)
+            spoken = np.asarray(words[known].any(axis=1))
             deep = max(k, FUSED) if spoken.any() else k
             found = self.chain(asked.take(known), deep, exclude.take(known), index, self.policy)
             said = iter(
