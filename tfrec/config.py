@@ -23,10 +23,10 @@ from tfrec.errors import ConfigError
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
-SCORE_PARTS = (
-    *("retrieval", "linear", "text", "popularity"),
-    *("click", "like", "rating", "conversion"),
-)
+TASKS = ("click", "like", "rating", "conversion")
+"""What a ranker can predict."""
+
+SCORE_PARTS = ("retrieval", "linear", "text", "popularity", *TASKS)
 """What the final score can be a weighted sum of."""
 
 FILE = "config.json"

@@ -4,14 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrec.config import RankingConfig
+from tfrec.config import TASKS, RankingConfig
 from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.errors import ConfigError, InputError
 from tfrec.models import keras_bridge
 from tfrec.models.exposures import ranking_batches
 from tfrec.models.keras_bridge import tf, tf_keras
-from tfrec.models.ranking import TASKS, GatedExperts, Ranker, TargetAttention, product_cross_entropy
+from tfrec.models.ranking import GatedExperts, Ranker, TargetAttention, product_cross_entropy
 
 CONFIG = RankingConfig(batch_size=32, negatives=3, history=5, hidden=8, experts=2, dropout=0.0)
 WIDTHS = {

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.config import RankingConfig
+from tfrec.config import TASKS, RankingConfig
 from tfrec.errors import ConfigError, InputError
 from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import tf, tf_keras, tfrs
 from tfrec.models.step import TaskModel
-
-TASKS = ("click", "like", "rating", "conversion")
 
 # Scalars further from their mean, in standard deviations, count as this far.
 _SCALAR_LIMIT = 10.0
@@ -38,7 +36,7 @@ class Ranker(TaskModel):
       attributes_width: Width of the items' attributes, F; may be 0.
       user_attributes_width: Width of the users' attributes; may be 0.
       num_scalars: How many further numbers each candidate has, S; may be 0.
-      tasks: Distinct names among :data:`TASKS`; ``conversion`` needs ``click``.
+      tasks: Distinct names among :data:`tfrec.config.TASKS`; ``conversion`` needs ``click``.
       rating_mean: Mean rating of the training events, in stars.
       rating_std: Their standard deviation; 0 counts as 1.
 
@@ -332,8 +330,8 @@ def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks as a tuple.
 
     Raises:
-      ConfigError: one is not in :data:`TASKS` or comes twice, there is none, or there is
-        ``conversion`` without ``click``.
+      ConfigError: one is not in :data:`tfrec.config.TASKS` or comes twice, there is none, or there
+        is ``conversion`` without ``click``.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:

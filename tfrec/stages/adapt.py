@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
 from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
-from tfrec.config import AdaptConfig, Config, RankingConfig, RetrievalConfig
+from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.catalog import Table
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, VALID
@@ -566,10 +566,9 @@ def _choose_policy(
         _check_parts(config.score, base, tasks)
     if config.score or len(users) == 0:
         return replace(policy, score=dict(config.score) or policy.score), {}
-    everything = ("retrieval", "linear", "text", "popularity", *tasks)
     policy = replace(policy, text_decay=_text_decay(base, policy, users, target))
     parts, rows = _validation_parts(
-        base, users, times, replace(policy, score=dict.fromkeys(everything, 1.0))
+        base, users, times, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0))
     )
     score, found = _choose_score(parts, rows, target)
     return replace(policy, score=score), found
