@@ -137,6 +137,20 @@ def _add_stages(verbs: Verbs) -> None:
         "read, check, clean and split the data: leaves DIR/prepare",
         (("a named data set", "tfrec prepare movielens-100k"),),
     )
+    _add_stage(
+        verbs,
+        "pretrain",
+        _pretrain,
+        "learn from behaviour sequences without labels: leaves DIR/pretrain",
+        (
+            ("an encoder of MovieLens-1M", "tfrec pretrain movielens-1m"),
+            (
+                "by other objectives",
+                "tfrec pretrain movielens-100k "
+                "--set 'pretrain.objectives={masked = 1.0, vae = 0.2}'",
+            ),
+        ),
+    )
     adapt = _add_stage(
         verbs,
         "adapt",
@@ -145,6 +159,11 @@ def _add_stages(verbs: Verbs) -> None:
         (
             ("the two-tower model", "tfrec adapt movielens-100k --task retrieval"),
             ("then the ranker", "tfrec adapt movielens-100k --task ranking"),
+            (
+                "the two-tower model from an encoder that another run pretrained",
+                "tfrec adapt movielens-100k --task retrieval "
+                "--from saved_models/movielens-1m/pretrain",
+            ),
         ),
     )
     adapt.add_argument(
@@ -152,6 +171,12 @@ def _add_stages(verbs: Verbs) -> None:
         required=True,
         choices=("retrieval", "ranking"),
         help="which model to train; ranking needs the retrieval model in DIR",
+    )
+    adapt.add_argument(
+        "--from",
+        dest="encoder",
+        metavar="ENCODER",
+        help="a pretrained encoder to start from; same as --set adapt.encoder=ENCODER",
     )
     _add_stage(
         verbs,
@@ -233,7 +258,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return _made(artifact.path)
 
 
+def _pretrain(arguments: argparse.Namespace) -> int:
+    config, out = _config(arguments)
+    from tfrec.stages import pretrain
+
+    return _made(pretrain.run(config, out, force=arguments.force).path)
+
+
 def _adapt(arguments: argparse.Namespace) -> int:
+    if arguments.encoder is not None:
+        arguments.settings.append(f"adapt.encoder={json.dumps(arguments.encoder)}")
     config, out = _config(arguments)
     from tfrec.stages import adapt
 

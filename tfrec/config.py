@@ -29,6 +29,17 @@ TASKS = ("click", "like", "rating", "conversion")
 SCORE_PARTS = ("retrieval", "linear", "text", "popularity", *TASKS)
 """What the final score can be a weighted sum of."""
 
+SEQUENCE_OBJECTIVES = (
+    "masked", "denoising", "vae", "next_item", "contrastive", "text_history"
+)  # fmt: skip
+"""Objectives of pretraining that train the towers."""
+
+TEXT_OBJECTIVES = ("mlm", "text_history")
+"""Objectives of pretraining that cannot do without texts."""
+
+OBJECTIVES = (*SEQUENCE_OBJECTIVES, "mlm")
+"""What an encoder can be pretrained on."""
+
 FILE = "config.json"
 """What a run was told, in its folder."""
 
@@ -237,6 +248,14 @@ class AdaptConfig(Section):
         "frozen", description="frozen: texts are encoded once; full: the BERT is trained too"
     )
     text_length: int = Field(256, ge=4, le=512, description="tokens of a text that are read")
+    encoder: str = Field(
+        "",
+        description="a pretrained encoder to start from: its folder, or `pretrain` for that of "
+        "the run, which `tfrec run` then makes; empty: none",
+    )
+    users: float = Field(
+        1.0, gt=0, le=1, description="share of the users whose events retrieval learns from"
+    )
     distribution: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = Field(
         "auto", description="auto: the workers of TF_CONFIG, a TPU, every GPU, or the processor"
     )
@@ -262,6 +281,42 @@ class AdaptConfig(Section):
             if isinstance(given, dict):
                 rest[task] = {**shared, **given}
         return rest
+
+
+class PretrainConfig(TrainingConfig):
+    """Pretraining on behaviour sequences. Sizes are those of `[adapt.retrieval]`."""
+
+    objectives: dict[str, float] = Field(
+        default_factory=lambda: {"next_item": 1.0, "masked": 1.0},
+        description="weight of each objective, among masked, denoising, vae, next_item, "
+        "contrastive, text_history, mlm",
+    )
+    users: Literal["all", "others"] = Field(
+        "all", description="others: only the users that `adapt.users` leaves out of adaptation"
+    )
+    epochs: int = Field(30, ge=1, le=100_000, description="passes over the training events")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "cosine", description="learning rate after the warm-up"
+    )
+    mask_rate: float = Field(0.3, gt=0, lt=1, description="masked: share of events hidden")
+    latent: int = Field(64, ge=1, le=4096, description="vae: width of the Gaussian")
+    history_texts: int = Field(
+        3,
+        ge=1,
+        le=100,
+        description="text_history: texts of each user, up to random places",
+    )
+    divergence: float = Field(0.2, ge=0, description="vae: weight of the divergence in the end")
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives_are_known(cls, objectives: dict[str, float]) -> dict[str, float]:
+        for name, weight in objectives.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"'{name}' is no objective" + _nearest(name, OBJECTIVES))
+            if weight < 0:
+                raise ValueError(f"the weight of '{name}' is {weight}, and must not be negative")
+        return objectives
 
 
 class EvaluateConfig(Section):
@@ -302,6 +357,7 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder")
     seed: int = Field(1, ge=0, le=2**31 - 1, description="of everything that is drawn at random")
     data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     adapt: AdaptConfig = AdaptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()

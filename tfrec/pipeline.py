@@ -8,7 +8,7 @@ from pathlib import Path
 from tfrec.artifact import Artifact
 from tfrec.config import Config
 from tfrec.distribution import Placement, place
-from tfrec.stages import adapt, evaluate, prepare
+from tfrec.stages import adapt, evaluate, prepare, pretrain
 
 
 def run(
@@ -18,7 +18,9 @@ def run(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Artifact:
-    """Prepares, adapts both tasks and evaluates; what is done already is not repeated.
+    """Prepares, pretrains where adaptation starts from that, adapts both tasks and evaluates.
+
+    What is done already is not repeated.
 
     With several workers all adapt together, and the chief alone prepares and evaluates.
 
@@ -41,6 +43,9 @@ def run(
     )
     for line in prepare.summary_lines(dataset):
         say(f"  {line}")
+    if config.adapt.encoder == pretrain.FOLDER:
+        say("pretrain")
+        pretrain.run(config, out, force=force)
     say("adapt: retrieval")
     adapt.run(config, out, "retrieval", force=force)
     say("adapt: ranking")

@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from tfrec.artifact import write_json
 from tfrec.config import TrainingConfig
 from tfrec.distribution import Placement
-from tfrec.errors import ConfigError, TfrecError
+from tfrec.errors import ConfigError, SetupError, TfrecError
 from tfrec.models.keras_bridge import tf, tf_keras
 
 GOAL = "ndcg@10"
@@ -380,16 +381,22 @@ class _Loop(tf_keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.bar.update(1)
+        # Means over the epoch so far: they are not finite from the first step that is not.
+        parts = {name: float(value) for name, value in (logs or {}).items()}
+        if not all(map(math.isfinite, parts.values())):
+            step = self.state.epoch * self.steps + batch + 1
+            broken = [name for name, v in parts.items() if name != "loss" and not math.isfinite(v)]
+            raise self._diverged(f"step {step}", broken)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         state = self.state
         state.epoch = epoch + 1
         state.seconds += time.monotonic() - self.began
-        self._check(logs["loss"])
+        self._check()
         record = {
             "epoch": float(state.epoch),
             "step": float(state.epoch * self.steps),
-            "loss": float(logs["loss"]),
+            **{name: float(value) for name, value in logs.items()},
             "seconds": round(state.seconds, 3),
         }
         due = state.epoch % self.config.validate_every == 0 or state.epoch == self.epochs
@@ -421,15 +428,32 @@ class _Loop(tf_keras.callbacks.Callback):
             shown[f"best {GOAL}"] = f"{self.state.best:.4f}"
         self.bar.set_postfix(shown, refresh=False)
 
-    def _check(self, loss: float) -> None:
-        weights = self.model.trainable_variables
-        if math.isfinite(loss) and all(np.isfinite(v.numpy()).all() for v in weights):
-            return
-        raise TrainingDivergedError(
-            f"{self.title}: the loss became {loss if not math.isfinite(loss) else 'nan'} in epoch "
-            f"{self.state.epoch}; the last good "
-            f"state is in {self.keeper.folder}; lower learning_rate or clip_norm and run again"
+    def _check(self) -> None:
+        """A step whose loss is finite may still break the weights; the next would show it."""
+        for variable in self.model.trainable_variables:
+            if not np.isfinite(variable.numpy()).all():
+                raise self._diverged(f"epoch {self.state.epoch}", [])
+
+    def _diverged(self, when: str, broken: Sequence[str]) -> TrainingDivergedError:
+        of = f" of {', '.join(broken)}" if broken else ""
+        return TrainingDivergedError(
+            f"{self.title}: the loss{of} became nan or infinite in {when}; the last good state is "
+            f"in {self.keeper.folder}; lower learning_rate or clip_norm and run again"
         )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk as TensorFlow and NumPy tell it: neither gives the error its number."""
+    try:
+        yield
+    except (tf.errors.ResourceExhaustedError, tf.errors.UnknownError, OSError) as error:
+        if "No space left on device" not in str(error) and " requested and " not in str(error):
+            raise
+        raise SetupError(
+            f"no space left on the disk while making {folder}; free some and run the same command "
+            "again, which goes on from the last checkpoint"
+        ) from None
 
 
 def discard(work_dir: Path) -> None:

@@ -48,7 +48,7 @@ def test_an_item_without_text_is_the_same_in_training_and_in_serving(tmp_path):
     )
     rows = np.array([2, 3, 0], np.int32)
     batch = {"items": rows, "token_ids": ids[rows], "padding_mask": mask[rows]}
-    trained = model._candidates({n: tf.constant(v) for n, v in batch.items()}, training=False)
+    trained = model.candidates({n: tf.constant(v) for n, v in batch.items()}, training=False)
     served = model.encode_candidate(text[rows], np.zeros((3, 0), np.float32), rows)
     np.testing.assert_allclose(trained.numpy(), served, atol=1e-5)
 

@@ -6,6 +6,8 @@ never renumbers another.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +36,14 @@ class FeatureSchema:
     def width(self) -> int:
         """Length of the vector."""
         return sum(len(v) for v in self.vocabularies.values()) + len(self.numeric)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each place of the vector stands for: ``column=word``, or a numeric ``column``."""
+        words = [
+            f"{column}={word}" for column, known in self.vocabularies.items() for word in known
+        ]
+        return (*words, *self.numeric)
 
     def encode(self, attributes: Mapping[str, Sequence[str]], rows: int) -> NDArray[np.float32]:
         """Encodes columns of text cells; missing columns, empty cells and new words give zeros.
@@ -159,6 +169,13 @@ class Catalog(Table):
     def rows(self, item_ids: Iterable[str]) -> NDArray[np.int32]:
         """int32 rows of the given ids; 0 for those not known."""
         return np.fromiter((self._row_of.get(i, 0) for i in item_ids), np.int32)
+
+    def digest(self, rows: int | None = None) -> str:
+        """SHA-256, as hex, of the ids, titles and texts of the first rows; None: of all."""
+        hashed = hashlib.sha256()
+        for row in zip(self.ids[:rows], self.titles[:rows], self.texts[:rows], strict=True):
+            hashed.update(json.dumps(row).encode())
+        return hashed.hexdigest()
 
     def added(self, other: Catalog) -> Catalog:
         """This catalog with the items of ``other`` after its own; no row moves.

@@ -9,6 +9,7 @@ from tfrec.config import DataConfig
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.errors import InputError
 
+_LABELLED = 77  # a stream of its own, so that no other draw of the same seed is like it
 _SHORTEST = 3  # events of a user that leave-one-out divides
 
 
@@ -54,6 +55,23 @@ def assign(
     if settings.split == "user_cold":
         return _cold(user, "users", settings, seed)
     return np.full(len(user), TRAIN, np.int8)
+
+
+def labelled(num_users: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which users' events an adaptation learns from, where it is not all of them.
+
+    Args:
+      num_users: How many users there are.
+      share: Of them, above 0; at least one is drawn.
+      seed: Of the draw; a larger share keeps the users of a smaller one.
+
+    Returns:
+      bool (num_users,).
+    """
+    drawn = np.random.default_rng([seed, _LABELLED]).permutation(num_users)
+    chosen = np.zeros(num_users, bool)
+    chosen[drawn[: max(1, round(share * num_users))]] = True
+    return chosen
 
 
 def _leave_one_out(user: NDArray[np.int32]) -> NDArray[np.int8]:

@@ -7,9 +7,10 @@ device with the whole batch sees the same queries and negatives as many devices 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from tfrec.data.sequences import Arrays, PackedSequences
 from tfrec.errors import ConfigError, InputError
 from tfrec.models.keras_bridge import tf
+
+if TYPE_CHECKING:
+    from tfrec.models.objectives import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,7 @@ class TrainingBatches:
       attributes: float32 (users, attribute width); width 0: none.
       sampled: Given for the sampled loss, None for the full softmax.
       replicas: Parts of a global batch.
+      objectives: Of pretraining, by name; empty: the batches are those of a TwoTower.
       user_dropout: Share of users whose profile and attributes are left out in a step.
     """
 
@@ -58,6 +63,7 @@ class TrainingBatches:
     attributes: NDArray[np.float32]
     sampled: SampledItems | None = None
     replicas: int = 1
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
     user_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -110,10 +116,11 @@ class TrainingBatches:
             if count < self.batch_size:
                 whole["weight"][count:] = 0
             self._add_users(whole, generator)
-            yield from self._cut(whole, generator, mine)
+            cut = self._cut_for_objectives if self.objectives else self._cut
+            yield from cut(whole, generator, mine)
 
     def _add_users(self, batch: Arrays, generator: np.random.Generator) -> None:
-        user = batch.pop("user")
+        user = batch["user"]
         known = (user >= 0) & (generator.random(user.shape) >= self.user_dropout)
         for name, table in (("profile", self.profile), ("attributes", self.attributes)):
             batch[name] = table[user] * known[:, :, None].astype(np.float32)
@@ -136,6 +143,26 @@ class TrainingBatches:
                 _add_items(part, negatives[replica * share :][:share], self.sampled)
             yield part
 
+    def _cut_for_objectives(
+        self, whole: Arrays, generator: np.random.Generator, mine: range
+    ) -> Iterator[Arrays]:
+        sums = []
+        for name, objective in self.objectives.items():
+            whole |= objective.arrays(whole, generator)
+            sums.append(max(float(whole[f"{name}_weight"].sum()), 1e-6))
+        del whole["user"]
+        size = self.batch_size // self.replicas
+        for replica in mine:
+            part = {name: a[replica * size : (replica + 1) * size] for name, a in whole.items()}
+            if self.sampled is not None:
+                count = self.sampled.negatives // self.replicas
+                drawn = self._items(self.sampled, count, generator)
+                _add_items(part, drawn, self.sampled)
+                part["correction"] = _correction(part, self.sampled.num_items)
+                del part["negatives"], part["target_id"]
+            part["denominators"] = np.array(sums, np.float32)
+            yield part
+
     @staticmethod
     def _items(
         sampled: SampledItems, shape: int | tuple[int, ...], generator: np.random.Generator
@@ -155,20 +182,38 @@ def _choose_positions(batch: Arrays, count: int, generator: np.random.Generator)
 
 def _add_items(part: Arrays, negatives: NDArray[np.int32], sampled: SampledItems) -> None:
     """Replaces item rows by places in ``items``, the distinct items of the part."""
-    size = part["item"].size + part["target"].size + len(negatives) + 1
-    room = min(size, sampled.num_items + 1)
-    flat = np.concatenate([[0], part["item"].ravel(), part["target"].ravel(), negatives])
+    part["target_id"], part["negatives"] = part["target"], negatives
+    named = [name for name in part if name.endswith(("item", "target", "negatives"))]
+    flat = np.concatenate([[0], *(part[name].ravel() for name in named)])
+    room = min(len(flat), sampled.num_items + 1)
     distinct, inverse = np.unique(flat, return_inverse=True)
     items = np.zeros(room, np.int32)
     items[: len(distinct)] = distinct
     part["items"] = items
-    parts = np.split(
-        inverse[1:].astype(np.int32), np.cumsum([part["item"].size, part["target"].size])
-    )
-    part["target_id"] = part["target"]
-    part["item"] = parts[0].reshape(part["item"].shape)
-    part["target"] = parts[1].reshape(part["target"].shape)
-    part["negatives"] = parts[2]
+    ends = np.cumsum([part[name].size for name in named])[:-1]
+    for name, places in zip(named, np.split(inverse[1:].astype(np.int32), ends), strict=True):
+        part[name] = places.reshape(part[name].shape)
     if sampled.tokens is not None and sampled.token_mask is not None:
         part["token_ids"] = sampled.tokens[items]
         part["padding_mask"] = sampled.token_mask[items]
+
+
+def _correction(part: Arrays, num_items: int) -> NDArray[np.float32]:
+    """What is added to the logits of ``items`` so that their softmax stands for the catalog's.
+
+    An item that a row brought is there in any case and counts once; one of the uniform negatives
+    stands for all the others like it (sampled softmax: Jean et al. 2015, arXiv:1412.2007). Places
+    that hold no item never count.
+    """
+    brought = np.zeros(len(part["items"]), bool)
+    for name in part:
+        if name.endswith(("item", "target")):
+            brought[part[name].ravel()] = True
+    others = max(num_items - int(brought[1:].sum()), 1)
+    drawn = np.zeros(len(part["items"]), bool)
+    drawn[part["negatives"]] = True
+    drawn &= ~brought
+    stands_for = np.where(drawn, others / max(int(drawn.sum()), 1), 1.0)
+    there = brought | drawn
+    there[0] = False
+    return np.where(there, np.log(stands_for), -1e9).astype(np.float32)

@@ -22,7 +22,6 @@ class BehaviourEncoder(tf_keras.layers.Layer):
       layers: Transformer blocks.
       heads: Attention heads; must divide ``width``.
       dropout: Share of activations dropped in training.
-      causal: Whether a place sees only itself and what came before.
       feed_forward: Width of the feed-forward layers, in widths of the sequence.
     """
 
@@ -33,7 +32,6 @@ class BehaviourEncoder(tf_keras.layers.Layer):
         layers: int = 2,
         heads: int = 2,
         dropout: float = 0.3,
-        causal: bool = True,
         feed_forward: int = 4,
         **kwargs: Any,
     ) -> None:
@@ -46,28 +44,30 @@ class BehaviourEncoder(tf_keras.layers.Layer):
             "layers": layers,
             "heads": heads,
             "dropout": dropout,
-            "causal": causal,
             "feed_forward": feed_forward,
         }
-        self.causal = causal
         self.blocks = [
             TransformerBlock(width, length, heads, dropout, feed_forward, name=f"block_{i}")
             for i in range(layers)
         ]
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="norm")
 
-    def call(self, inputs: Any, segment: Any, training: bool | None = None) -> Any:
+    def call(
+        self, inputs: Any, segment: Any, training: bool | None = None, causal: bool = True
+    ) -> Any:
         """Encodes rows of places.
 
         Args:
           inputs: float (batch, length, width).
           segment: int32 (batch, length); places with equal segment above 0 see each other.
           training: Whether dropout is on.
+          causal: Whether a place sees only itself and what came before; the weights are the same
+            either way.
 
         Returns:
           float (batch, length, width), normalised; padding places hold nothing of use.
         """
-        mask = attention_mask(segment, self.causal)
+        mask = attention_mask(segment, causal)
         hidden = inputs
         for block in self.blocks:
             hidden = block(hidden, mask=mask, training=training)

@@ -8,6 +8,7 @@ about half the time of TensorFlow's generators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,10 +60,31 @@ def keep_mask(shape: Any, rate: float) -> Any:
     draws = _draws.get()
     if draws is None:
         return tf.random.uniform(shape) >= rate
+    return _bits(shape, draws) >= _number(round(rate * 2**32))
+
+
+def standard_normal(shape: Any) -> Any:
+    """float32 array of a shape, drawn from the standard normal distribution (Box and Muller 1958).
+
+    It follows :func:`drawing` as :func:`keep_mask` does.
+    """
+    draws = _draws.get()
+    if draws is None:
+        return tf.random.normal(shape)
+    first, second = (_uniform(shape, draws) for _ in range(2))
+    return tf.sqrt(-2 * tf.math.log(first)) * tf.cos(2 * math.pi * second)
+
+
+def _uniform(shape: Any, draws: _Draws) -> Any:
+    """float32 in (0, 1]."""
+    bits = tf.bitwise.right_shift(_bits(shape, draws), _number(8))
+    return (tf.cast(bits, tf.float32) + 1) / 2**24
+
+
+def _bits(shape: Any, draws: _Draws) -> Any:
     first, second = draws.next()
     places = tf.cast(tf.range(tf.reduce_prod(shape)), tf.uint32)
-    bits = _hash(tf.bitwise.bitwise_xor(tf.reshape(places, shape), first), second)
-    return bits >= _number(round(rate * 2**32))
+    return _hash(tf.bitwise.bitwise_xor(tf.reshape(places, shape), first), second)
 
 
 class Dropout(tf_keras.layers.Layer):

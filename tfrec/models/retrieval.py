@@ -72,6 +72,7 @@ class TwoTower(TaskModel):
         self.encoder = encoder
         self.widths = (profile_width, user_attributes_width)
         self._text, self._attributes = tf.constant(text), tf.constant(attributes)
+        self.has_text = bool(np.any(text)) or encoder is not None
         self._has_text = tf.constant(np.any(text, axis=1, keepdims=True).astype(np.float32))
         even = np.full(rows, 1 / max(rows - 1, 1), np.float32)
         self._popularity = tf.constant(even if popularity is None else popularity)
@@ -86,7 +87,7 @@ class TwoTower(TaskModel):
 
     def compute_loss(self, inputs: Mapping[str, Any], training: bool = False) -> Any:
         """Loss of one replica's part, so scaled that the sum over replicas is the batch's mean."""
-        vectors = self._candidates(inputs, training)
+        vectors = self.candidates(inputs, training)
         hidden = self.query_tower(
             tf.gather(vectors, inputs["item"]),
             inputs,
@@ -97,9 +98,21 @@ class TwoTower(TaskModel):
         total = (self._full if self.full_softmax else self._sampled)(hidden, vectors, inputs)
         return total / inputs["denominator"][0]
 
-    def _candidates(self, inputs: Mapping[str, Any], training: bool) -> Any:
+    def candidates(self, inputs: Mapping[str, Any], training: bool, ids: bool = True) -> Any:
+        """Candidate vectors of a training batch.
+
+        Args:
+          inputs: ``items``, int32 (n,), distinct rows of the catalog, if it is not the whole one;
+            ``token_ids`` and ``padding_mask`` of their texts where the BERT is trained.
+          training: Whether dropout is on.
+          ids: Whether the id embeddings are used.
+
+        Returns:
+          float (n, d).
+        """
         if "items" not in inputs:
-            return self.candidate_tower(self._text, self._attributes, training=training)
+            rows = None if ids else tf.zeros([self._text.shape[0]], tf.int32)
+            return self.candidate_tower(self._text, self._attributes, rows, training=training)
         rows = inputs["items"]
         attributes = tf.gather(self._attributes, rows)
         if self.encoder is None:
@@ -107,6 +120,7 @@ class TwoTower(TaskModel):
         else:
             text = self.encoder(inputs["token_ids"], inputs["padding_mask"], training=training)
             text *= tf.cast(tf.gather(self._has_text, rows), text.dtype)
+        rows = rows if ids else tf.zeros_like(rows)
         return self.candidate_tower(text, attributes, rows, training=training)
 
     def _full(self, hidden: Any, vectors: Any, inputs: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ class TaskModel(tfrs.Model):
     Attributes:
       row_key: An input whose first axis are the rows that ``accumulate`` cuts.
       shared_keys: Inputs that have no such axis and go whole with every piece.
+      part_means: Mean of each part of the loss by name, where ``compute_loss`` tells them.
     """
 
     row_key = "segment"
@@ -33,11 +34,12 @@ class TaskModel(tfrs.Model):
         self.accumulate = accumulate
         self._seed = random.getrandbits(31)  # Python's generator: `set_seed` decides it.
         self.loss_mean = tf_keras.metrics.Mean(name="loss")
+        self.part_means: dict[str, Any] = {}
 
     @property
     def metrics(self) -> list[Any]:
-        """The mean loss of the epoch."""
-        return [self.loss_mean]
+        """The mean loss of the epoch, and of each of its parts."""
+        return [self.loss_mean, *self.part_means.values()]
 
     def train_step(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """One update of the weights."""
@@ -45,13 +47,13 @@ class TaskModel(tfrs.Model):
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         self.loss_mean.update_state(loss * replicas)
-        return {"loss": self.loss_mean.result()}
+        return {metric.name: metric.result() for metric in self.metrics}
 
     def test_step(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The loss without an update."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         self.loss_mean.update_state(self.compute_loss(inputs, training=False) * replicas)
-        return {"loss": self.loss_mean.result()}
+        return {metric.name: metric.result() for metric in self.metrics}
 
     def _gradients(self, inputs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
         if self.accumulate == 1:

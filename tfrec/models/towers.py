@@ -179,6 +179,7 @@ class QueryTower(tf_keras.layers.Layer):
         profile: Any,
         attributes: Any,
         training: bool | None = None,
+        causal: bool = True,
     ) -> Any:
         """Encodes every place of every row.
 
@@ -189,6 +190,7 @@ class QueryTower(tf_keras.layers.Layer):
             segments 1, 2, … s.
           attributes: float (batch, s, attribute width) of the same users.
           training: Whether dropout is on.
+          causal: Whether a place sees only itself and what came before.
 
         Returns:
           float (batch, length, embedding_dim).
@@ -201,7 +203,7 @@ class QueryTower(tf_keras.layers.Layer):
             if given.shape[-1]:
                 hidden += _at_places(layer(given), batch["segment"])
         hidden = self.dropout(hidden, training=training)
-        return self.encoder(hidden, batch["segment"], training=training)
+        return self.encoder(hidden, batch["segment"], training=training, causal=causal)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

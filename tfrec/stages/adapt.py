@@ -9,8 +9,7 @@ events (cut ``final``, which recommends).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +21,16 @@ from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
 from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
-from tfrec.data.catalog import Table
 from tfrec.data.dataset import Dataset
-from tfrec.data.interactions import TEST, VALID
+from tfrec.data.interactions import TEST, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
+from tfrec.data.splits import labelled
 from tfrec.distribution import Placement, place
-from tfrec.errors import ConfigError, InputError, SetupError
+from tfrec.errors import ConfigError, InputError
 from tfrec.index import Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
+from tfrec.models.encoder import KIND as ENCODER
+from tfrec.models.encoder import PretrainedEncoder
 from tfrec.models.engine import (
     RetrievalCard,
     TensorFlowEngine,
@@ -38,10 +39,10 @@ from tfrec.models.engine import (
     recommender_of,
 )
 from tfrec.models.exposures import ranking_batches
+from tfrec.models.inputs import encoded, fitting_batch_size, text_encoder, tokens_of, vectors_of
 from tfrec.models.keras_bridge import set_precision, set_seed, tf
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
-from tfrec.models.text import TextEncoder
 from tfrec.recommender import (
     BLOCK,
     SCALARS,
@@ -54,7 +55,7 @@ from tfrec.recommender import (
     scalars,
 )
 from tfrec.tracking import callbacks
-from tfrec.training import Metrics, Progress, Trainer, discard
+from tfrec.training import Metrics, Progress, Trainer, discard, disk_errors
 
 Task = Literal["retrieval", "ranking"]
 Times = NDArray[np.int64]
@@ -62,9 +63,6 @@ Times = NDArray[np.int64]
 # A refit moves the chosen weights no further than it must: half the learning rate measured better
 # than all of it, on MovieLens-100K.
 REFIT_RATE = 0.5
-
-# Small data gets smaller batches, so that an epoch has at least so many updates.
-LEAST_STEPS = 8
 
 
 def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifact:
@@ -89,6 +87,8 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
     """
     out = Path(out)
     parents = {"dataset": Artifact.load(out / "prepare", "dataset")}
+    if task == "retrieval" and config.adapt.encoder:
+        parents["encoder"] = Artifact.load(encoder_folder(config, out), ENCODER)
     if task == "ranking":
         parents["retrieval"] = Artifact.load(out / "adapt" / "retrieval", "retrieval")
     recipe = _recipe(config, task)
@@ -112,6 +112,12 @@ def _recipe(config: Config, task: Task) -> dict[str, Any]:
         return {"seed": config.seed, "adapt": adapt}
     ranking = config.adapt.ranking.model_dump(mode="json")
     return {"seed": config.seed, "refit": config.adapt.refit, "ranking": ranking}
+
+
+def encoder_folder(config: Config, out: Path) -> Path:
+    """Where the encoder is that an adaptation starts from."""
+    given = config.adapt.encoder
+    return out / "pretrain" if given == "pretrain" else Path(given)
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,20 @@ class _Job:
         refits = [cut for cut, part in (("test", VALID), ("final", TEST)) if (split == part).any()]
         return ["select", *refits]
 
+    def events(self, cut: str) -> Interactions:
+        """The events of a cut, of the users that adaptation learns from."""
+        return self._of_users(cut_of(self.dataset.interactions, cut))
+
+    def valid(self) -> Interactions:
+        """The validation events of these users."""
+        return self._of_users(self.dataset.interactions.part(VALID))
+
+    def _of_users(self, events: Interactions) -> Interactions:
+        if self.adapt.users == 1:
+            return events
+        chosen = labelled(len(self.dataset.users), self.adapt.users, self.config.seed)
+        return events.select(chosen[events.user])
+
     def trackers(self, name: str) -> list[Any]:
         return callbacks(self.adapt.tracking, self.out, name, self.config.dump())
 
@@ -149,25 +169,11 @@ def _publish(job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]) -> 
     placement = job.placement
     mine = folder if placement.chief else folder.with_name(f".{task}.worker-{placement.worker}")
     with writing(mine, kind=task, config=recipe, parents=job.parents) as draft:
-        with _disk_errors(folder):
+        with disk_errors(folder):
             draft.metrics |= make(job, draft.path)
         draft.metrics["seconds"] = round(time.monotonic() - began, 1)
     placement.from_chief(None)  # nobody goes on before the chief has published
     discard(job.work.parent if placement.chief else mine)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk as TensorFlow and NumPy tell it: neither gives the error its number."""
-    try:
-        yield
-    except (tf.errors.ResourceExhaustedError, tf.errors.UnknownError, OSError) as error:
-        if "No space left on device" not in str(error) and " requested and " not in str(error):
-            raise
-        raise SetupError(
-            f"no space left on the disk while making {folder}; free some and run the same command "
-            "again, which goes on from the last checkpoint"
-        ) from None
 
 
 # --- retrieval ---
@@ -199,16 +205,24 @@ class _Retrieval:
         self.job, self.placement = job, job.placement
         dataset, config = job.dataset, job.adapt.retrieval
         self.config: RetrievalConfig = config
-        train = cut_of(dataset.interactions, "select")
+        train = job.events("select")
         if len(train) == 0:
             raise InputError("there is no training event; the dataset has only held-out ones")
         coding = EventCoding.of(train)
+        base = None
+        if "encoder" in job.parents:
+            base = PretrainedEncoder.load(job.parents["encoder"])
         with self.placement.strategy.scope():
-            encoder = _encoder(job.adapt, dataset)
+            encoder = text_encoder(job.adapt, dataset, base.text_folder if base else "")
+            if base is not None:
+                base.check(job.adapt, encoder, dataset)
             trained = job.adapt.text_mode == "full" and any(dataset.catalog.texts)
-            self.tokens = _tokens(encoder, dataset) if trained else None
-            self.text = _encoded(encoder, dataset.catalog, "passage")
-            self.profile = _encoded(encoder, dataset.users, "query")
+            self.tokens = tokens_of(encoder, dataset) if trained else None
+            self.text = encoded(encoder, dataset.catalog, "passage")
+            self.profile = encoded(encoder, dataset.users, "query")
+            if base is not None and base.reads_profiles and not self.profile.shape[1]:
+                # Nobody has a profile yet, and somebody new may bring one.
+                self.profile = np.zeros((len(dataset.users), base.card.text["width"]), np.float32)
             share = np.bincount(train.item, minlength=len(dataset.catalog)) + 1.0
             self.model = TwoTower(
                 config,
@@ -220,6 +234,8 @@ class _Retrieval:
                 popularity=(share / share.sum()).astype(np.float32),
                 encoder=encoder if self.tokens is not None else None,
             )
+        if base is not None:
+            base.start(self.model, dataset)
         self.trainer = Trainer(self.model, config, self.placement)
         self.batch_size = 0
         self.card = RetrievalCard(
@@ -234,7 +250,7 @@ class _Retrieval:
 
     def select(self) -> Progress:
         """Trains on the training events; the validation events choose the epoch."""
-        held_out = (self.job.dataset.interactions.split == VALID).any()
+        held_out = len(self.job.valid())
         state = self.trainer.fit(
             self._batches("select"),
             work_dir=self.job.work / "select",
@@ -281,11 +297,11 @@ class _Retrieval:
     def _text(self) -> Floats:
         if self.model.encoder is None:
             return self.text
-        return _vectors_of(self.model.encoder.encode, self.job.dataset.catalog)
+        return vectors_of(self.model.encoder.encode, self.job.dataset.catalog)
 
     def _batches(self, cut: str) -> TrainingBatches:
         dataset, config = self.job.dataset, self.config
-        events = cut_of(dataset.interactions, cut)
+        events = self.job.events(cut)
         histories = Histories.of(events, self.model.coding)
         sampled = None
         if not self.model.full_softmax:
@@ -298,7 +314,7 @@ class _Retrieval:
         rows = PackedSequences(histories, events.weight, config.history, self.job.config.seed)
         if not self.batch_size:
             unit = self.placement.replicas * config.accumulate
-            self.batch_size = _batch_size(config.batch_size, rows, unit)
+            self.batch_size = fitting_batch_size(config.batch_size, rows, unit)
         return TrainingBatches(
             rows,
             self.batch_size,
@@ -314,24 +330,14 @@ class _Retrieval:
         recommender = _recommender(
             self.job.dataset, engine, self.vectors(), self.text, self.profile
         )
-        users, targets, offsets, times = held_out(self.job.dataset)
+        users, targets, offsets, times = held_out(self.job.valid())
         lists = recommender.lists(recommender.interactions, users, 10, True, times)["retrieval"]
         found = metrics.ranking(lists.ids, targets, offsets, [10])
         return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
 
 
-def _batch_size(wanted: int, rows: PackedSequences, unit: int) -> int:
-    """Rows of a batch: fewer than ``wanted`` where the data does not fill LEAST_STEPS of them.
-
-    A multiple of ``unit``, the pieces that a batch is cut into.
-    """
-    room = len(rows.epoch(0)["item"]) // LEAST_STEPS
-    return min(wanted, max(room // unit, 1) * unit)
-
-
-def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
+def held_out(valid: Interactions) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
     """Users with validation events, those events' items, offsets of each user's, first times."""
-    valid = dataset.interactions.part(VALID)
     counts = np.diff(valid.offsets)
     users = np.flatnonzero(counts).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
@@ -351,37 +357,6 @@ def _recommender(
         text,
         profile,
     )
-
-
-def _encoder(config: AdaptConfig, dataset: Dataset) -> TextEncoder | None:
-    if config.text == "none" or not any((*dataset.catalog.texts, *dataset.users.texts)):
-        return None
-    return TextEncoder.load(
-        config.text, length=config.text_length, trainable=config.text_mode == "full"
-    )
-
-
-def _encoded(
-    encoder: TextEncoder | None, table: Table, role: Literal["passage", "query"]
-) -> Floats:
-    """float32 (rows, text width); zero for rows without a text, width 0 if no row has one."""
-    if encoder is None or not any(table.texts):
-        return np.zeros((len(table), 0), np.float32)
-    return _vectors_of(lambda texts: encoder.encode_cached(texts, role=role, progress=True), table)
-
-
-def _vectors_of(encode: Any, table: Table) -> Floats:
-    rows = [row for row, text in enumerate(table.texts) if text]
-    found = encode([table.texts[row] for row in rows])
-    out = np.zeros((len(table), found.shape[1]), np.float32)
-    out[rows] = found
-    return out
-
-
-def _tokens(
-    encoder: TextEncoder | None, dataset: Dataset
-) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-    return encoder.tokenize(dataset.catalog.texts, role="passage") if encoder else None
 
 
 # --- ranking ---
@@ -520,7 +495,7 @@ def _validated(job: _Job, most: int) -> tuple[Rows, Rows, Times]:
 
     Users without a training event are left out: the chain is not for them.
     """
-    users, targets, offsets, times = held_out(job.dataset)
+    users, targets, offsets, times = held_out(job.valid())
     known = np.diff(cut_of(job.dataset.interactions, "select").offsets)[users]
     chosen = np.flatnonzero(known)
     if len(chosen) > most:

@@ -1,0 +1,252 @@
+"""Pretrained encoders: what `pretrain` leaves, and how a TwoTower starts from one.
+
+Items enter through their text and attributes, so an encoder that was pretrained on one catalog
+works on another without a shared id: what both know by name is taken over, and the rest is new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tfrec.artifact import Artifact
+from tfrec.config import AdaptConfig, RetrievalConfig
+from tfrec.data.dataset import Dataset
+from tfrec.data.sequences import EventCoding
+from tfrec.errors import ArtifactError, ConfigError, InputError
+from tfrec.models import named
+from tfrec.models.retrieval import TwoTower
+from tfrec.models.text import TextEncoder
+
+KIND = "encoder"
+WEIGHTS, CARD, TEXT = "weights.safetensors", "card.json", "text"
+
+SIZES = ("embedding_dim", "layers", "heads", "feed_forward", "events", "time_gaps", "request_time")
+"""Settings of `[adapt.retrieval]` that decide about the shape of what is taken over."""
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """What must be known to start from an encoder, and what people want to know; ``card.json``.
+
+    Attributes:
+      sizes: The :data:`SIZES` it was made with.
+      text: ``name`` of the BERT, its ``digest`` and ``tokenizer`` digest, ``width``, and whether
+        it was ``trained`` too and is in the artifact; empty: no text was read.
+      coding: How events became integers.
+      features: Names of the items' attributes.
+      user_features: Names of the users' attributes.
+      catalog: Digest of the catalog.
+      num_rows: Its rows.
+      data: What it was pretrained on, in words and counts.
+      objectives: Weight of each objective.
+      losses: Loss of each at the end.
+      seconds: Time the training took.
+    """
+
+    sizes: Mapping[str, Any]
+    text: Mapping[str, Any]
+    coding: EventCoding
+    features: tuple[str, ...]
+    user_features: tuple[str, ...]
+    catalog: str
+    num_rows: int
+    data: Mapping[str, Any]
+    objectives: Mapping[str, float]
+    losses: Mapping[str, float]
+    seconds: float
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> EncoderCard:
+        """Reads back what :meth:`dump` gave.
+
+        Raises:
+          ArtifactError: a part is missing, so another version wrote it.
+        """
+        missing = [field.name for field in fields(cls) if field.name not in tree]
+        if missing:
+            raise ArtifactError(
+                f"the card of this encoder has no '{missing[0]}': another version of tfrec made "
+                "it; pretrain it again"
+            )
+        names = tuple(tree["coding"]["event_names"])
+        coding = EventCoding(**{**tree["coding"], "event_names": names})
+        lists = {name: tuple(tree[name]) for name in ("features", "user_features")}
+        return cls(**{**tree, **lists, "coding": coding})
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """An encoder that was read, ready to start a TwoTower.
+
+    Attributes:
+      path: Its folder.
+      card: What it is.
+      weights: Name -> values, of :func:`tfrec.models.named.named_variables`.
+    """
+
+    path: Path
+    card: EncoderCard
+    weights: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def load(cls, artifact: Artifact | str | os.PathLike[str]) -> PretrainedEncoder:
+        """Reads the artifact of `pretrain`, every byte checked.
+
+        Raises:
+          ArtifactError: it is missing, damaged, or none of `pretrain`'s.
+        """
+        folder = artifact.path if isinstance(artifact, Artifact) else artifact
+        found = Artifact.load(folder, KIND)
+        card = EncoderCard.parse(json.loads(found.file(CARD).read_text("utf-8")))
+        return cls(found.path, card, named.read(found.file(WEIGHTS)))
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether it learned to read texts about users."""
+        return "query_tower.profile.kernel" in self.weights
+
+    @property
+    def text_folder(self) -> str:
+        """Where the BERT is if it was trained too, else empty."""
+        return str(self.path / TEXT) if self.card.text.get("trained") else ""
+
+    def check(self, config: AdaptConfig, encoder: TextEncoder | None, dataset: Dataset) -> None:
+        """Says why an adaptation cannot start from here.
+
+        Args:
+          config: Of the adaptation.
+          encoder: The BERT that it reads texts with, or None.
+          dataset: What it adapts to.
+
+        Raises:
+          ConfigError: sizes or the text encoder are others.
+          InputError: the dataset gives nothing to read items by.
+        """
+        for name in SIZES:
+            ours, theirs = getattr(config.retrieval, name), self.card.sizes[name]
+            if ours != theirs:
+                raise ConfigError(
+                    f"the encoder {self.path} was pretrained with {name} = {theirs}, and "
+                    f"adapt.retrieval.{name} is {ours}; give both the same"
+                )
+        known = self.card.catalog == dataset.catalog.digest(self.card.num_rows)
+        if not self.card.text:
+            if not known and not set(self.card.features) & set(dataset.catalog.schema.names):
+                raise InputError(
+                    f"the encoder {self.path} was pretrained without texts, on other items with "
+                    "other attributes: there is nothing of it that this catalog could use"
+                )
+            return
+        if encoder is None:
+            raise InputError(
+                f"the encoder {self.path} reads items by their text, and here adapt.text is "
+                f"'{config.text}' and {dataset.catalog.num_items:,} items have no text to read"
+            )
+        if encoder.tokenizer.digest != self.card.text["tokenizer"]:
+            raise ConfigError(
+                f"the encoder {self.path} was pretrained with another tokenizer than that of "
+                f"'{config.text}'; set adapt.text={self.card.text['name']}"
+            )
+        if encoder.digest() != self.card.text["digest"]:
+            raise ConfigError(
+                f"the encoder {self.path} was pretrained with the text model "
+                f"'{self.card.text['name']}' ({self.card.text['digest'][:12]}), and adapt.text = "
+                f"'{config.text}' has other weights; set adapt.text={self.card.text['name']}"
+            )
+
+    def start(self, model: TwoTower, dataset: Dataset) -> list[str]:
+        """Gives a new TwoTower all that it can take over.
+
+        Args:
+          model: Of the sizes that :meth:`check` saw.
+          dataset: What it is for.
+
+        Returns:
+          Names of the weights that were taken over, at least in part.
+        """
+        same = self.card.catalog == dataset.catalog.digest(self.card.num_rows)
+        theirs, ours = self.card, dataset
+        rows = {
+            "query_tower.tables.event": _by_name(
+                ("", "?", *theirs.coding.event_names), ("", "?", *model.coding.event_names)
+            ),
+            "query_tower.attributes.kernel": _by_name(
+                theirs.user_features, ours.users.schema.names
+            ),
+            "candidate_tower.attributes.kernel": _by_name(
+                theirs.features, ours.catalog.schema.names
+            ),
+        }
+        if not same:
+            rows["candidate_tower.ids"] = []
+        taken = []
+        for name, variable in named.named_variables(model).items():
+            source = self.weights.get(name)
+            if source is None:
+                continue
+            value = variable.numpy()
+            if name in rows:
+                if not rows[name]:
+                    continue
+                for there, here in rows[name]:
+                    value[here] = source[there]
+            elif _by_place(name):
+                part = tuple(
+                    slice(min(a, b)) for a, b in zip(value.shape, source.shape, strict=True)
+                )
+                value[part] = source[part]
+            elif value.shape == source.shape:
+                value = source
+            else:
+                continue
+            variable.assign(value)
+            taken.append(name)
+        return taken
+
+
+def contents(model: TwoTower) -> dict[str, Any]:
+    """The variables of a TwoTower that an encoder keeps: all but those of the BERT."""
+    variables = named.named_variables(model)
+    return {name: v for name, v in variables.items() if not name.startswith("encoder.")}
+
+
+def sizes_of(config: RetrievalConfig) -> dict[str, Any]:
+    """The :data:`SIZES` of a configuration."""
+    return {name: getattr(config, name) for name in SIZES}
+
+
+def text_of(encoder: TextEncoder | None, name: str, trained: bool) -> dict[str, Any]:
+    """What a card says of the BERT."""
+    if encoder is None:
+        return {}
+    return {
+        "name": name,
+        "digest": encoder.digest(),
+        "tokenizer": encoder.tokenizer.digest,
+        "width": encoder.width,
+        "trained": trained,
+    }
+
+
+def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[int, int]]:
+    """Places of the names that both know."""
+    place = {name: row for row, name in enumerate(theirs)}
+    return [(place[name], row) for row, name in enumerate(ours) if name in place]
+
+
+def _by_place(name: str) -> bool:
+    """Whether a weight has a part for each row or place, of which the first are taken over."""
+    *_, owner, last = name.split(".")
+    distance = last == "bias" and owner.isdigit()  # of a block itself, and not of a layer in it
+    return distance or last in ("ids", "position")
