@@ -287,16 +287,12 @@ class PretrainConfig(TrainingConfig):
     """Pretraining on behaviour sequences. Sizes are those of `[adapt.retrieval]`."""
 
     objectives: dict[str, float] = Field(
-        default_factory=lambda: {"next_item": 1.0, "masked": 1.0},
+        default_factory=lambda: {"masked": 1.0, "next_item": 1.0, "vae": 0.5},
         description="weight of each objective, among masked, denoising, vae, next_item, "
         "contrastive, text_history, mlm",
     )
     users: Literal["all", "others"] = Field(
         "all", description="others: only the users that `adapt.users` leaves out of adaptation"
-    )
-    epochs: int = Field(30, ge=1, le=100_000, description="passes over the training events")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "cosine", description="learning rate after the warm-up"
     )
     mask_rate: float = Field(0.3, gt=0, lt=1, description="masked: share of events hidden")
     latent: int = Field(64, ge=1, le=4096, description="vae: width of the Gaussian")

@@ -1,0 +1,232 @@
+"""pretrain and adapt --from: an encoder complete on disk, and what starts from it."""
+
+import json
+import shutil
+
+import checkerboard as board
+import numpy as np
+import pytest
+from tiny_bert import write_tiny_bert
+
+from tfrec.artifact import Artifact
+from tfrec.data.dataset import Dataset
+from tfrec.errors import ArtifactError, ConfigError, InputError
+from tfrec.models import named
+from tfrec.models.encoder import PretrainedEncoder
+from tfrec.models.engine import load_recommender
+from tfrec.stages import adapt, prepare, pretrain
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    "pretrain.jit_compile=false",
+    "pretrain.epochs=3",
+    "pretrain.batch_size=8",
+    "pretrain.warmup_steps=1",
+    "pretrain.checkpoint_minutes=0",
+    "pretrain.ema=0.5",
+    "adapt.refit=false",
+)
+OBJECTIVES = (
+    "{masked = 1.0, next_item = 1.0, vae = 0.2, denoising = 0.2, contrastive = 0.1, "
+    "text_history = 0.5}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files and a BERT; changed by no test."""
+    made = tmp_path_factory.mktemp("pretrain")
+    write_tiny_bert(made / "bert")
+    return board.write(made / "files").parent
+
+
+def config(folder, *settings, objectives=OBJECTIVES):
+    given = (f"adapt.text={folder / 'bert'}", f"pretrain.objectives={objectives}", *TINY)
+    return board.config(folder / "files", *given, *settings)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A run that was pretrained; changed by no test."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    prepare.run(config(folder), out)
+    pretrain.run(config(folder), out)
+    return out
+
+
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+class TestArtifact:
+    def test_it_holds_weights_and_a_card(self, finished):
+        artifact = Artifact.load(finished / "pretrain", "encoder")
+        assert set(artifact.files) == {"card.json", "history.json", "weights.safetensors"}
+        card = json.loads(artifact.file("card.json").read_text())
+        assert card["objectives"]["masked"] == 1.0
+        assert set(card["losses"]) >= {"loss", "masked", "vae", "text_history", "co_occurrence"}
+        assert card["data"]["users"] == board.USERS
+        assert card["text"]["trained"] is False
+        assert not (finished / ".pretrain.work").exists()
+
+    def test_the_curve_of_every_objective_is_kept(self, finished):
+        history = json.loads((finished / "pretrain" / "history.json").read_text())["sequences"]
+        assert [record["epoch"] for record in history] == [1, 2, 3]
+        assert all(np.isfinite(record["masked"]) for record in history)
+
+    def test_the_same_recipe_is_not_trained_again(self, folder, finished, monkeypatch):
+        monkeypatch.setattr(pretrain, "Trainer", None)
+        before = Artifact.load(finished / "pretrain")
+        assert pretrain.run(config(folder), finished).created == before.created
+
+    def test_the_same_seed_gives_the_same_encoder(self, folder, finished, tmp_path):
+        (tmp_path / "prepare").symlink_to(finished / "prepare")
+        again = pretrain.run(config(folder), tmp_path)
+        assert again.metrics["losses"] == Artifact.load(finished / "pretrain").metrics["losses"]
+        assert (
+            again.files["weights.safetensors"]
+            == (Artifact.load(finished / "pretrain").files["weights.safetensors"])
+        )
+
+    def test_only_training_events_are_seen(self, folder, finished, tmp_path):
+        """Other validation and test events, the same encoder."""
+        dataset = Dataset.load(finished / "prepare")
+        events = dataset.interactions
+        item = events.item.copy()
+        held_out = events.split > 0
+        item[held_out] = np.roll(item[held_out], 5)
+        from dataclasses import replace
+
+        Dataset(replace(events, item=item), dataset.catalog, dataset.users).save(
+            tmp_path / "prepare"
+        )
+        other = pretrain.run(config(folder), tmp_path)
+        here = Artifact.load(finished / "pretrain")
+        assert other.files["weights.safetensors"] == here.files["weights.safetensors"]
+
+
+class TestAdapting:
+    def test_it_starts_from_the_encoder(self, folder, finished, tmp_path):
+        """A step so small that nothing moves leaves what was pretrained."""
+        out = copy(finished, tmp_path)
+        still = ("adapt.encoder=pretrain", "adapt.retrieval.epochs=1", "adapt.learning_rate=1e-30")
+        adapt.run(config(folder, *still), out, "retrieval")
+        encoder = PretrainedEncoder.load(out / "pretrain")
+        model = load_recommender(out, "select").engine.two_tower
+        for name, variable in named.named_variables(model).items():
+            np.testing.assert_allclose(variable.numpy(), encoder.weights[name], atol=1e-12)
+        parents = Artifact.load(out / "adapt" / "retrieval").parents
+        assert parents["encoder"] == Artifact.load(out / "pretrain").digest
+
+    def test_somebody_new_may_bring_a_profile(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")
+        profile = np.load(out / "adapt" / "retrieval" / "profile.npy")
+        assert profile.shape[1] > 0
+        assert not profile.any()
+
+    def test_it_goes_to_another_catalog_by_its_texts(self, folder, finished, tmp_path):
+        """Other ids, other users: blocks and text are taken over, ids are not."""
+        files = board.write(tmp_path / "files", items=16, users=12)
+        for name in ("events.csv", "items.csv"):
+            text = (files / name).read_text()
+            (files / name).write_text(text.replace(",i", ",x").replace("\ni", "\nx"))
+        given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
+        here = config(folder, *given, f"adapt.encoder={finished / 'pretrain'}")
+        out = tmp_path / "run"
+        prepare.run(here, out)
+        from tfrec.models.inputs import text_encoder
+        from tfrec.models.retrieval import TwoTower
+
+        dataset = Dataset.load(out / "prepare")
+        encoder = PretrainedEncoder.load(finished / "pretrain")
+        text = np.zeros((len(dataset.catalog), encoder.card.text["width"]), np.float32)
+        model = TwoTower(here.adapt.retrieval, text, dataset.catalog.features)
+        before = {n: v.numpy() for n, v in named.named_variables(model).items()}
+        encoder.check(here.adapt, text_encoder(here.adapt, dataset), dataset)
+        taken = encoder.start(model, dataset)
+        after = {n: v.numpy() for n, v in named.named_variables(model).items()}
+        assert "candidate_tower.ids" not in taken
+        np.testing.assert_array_equal(after["candidate_tower.ids"], before["candidate_tower.ids"])
+        for name in ("candidate_tower.text.kernel", "query_tower.encoder.blocks.0.qkv.kernel"):
+            np.testing.assert_array_equal(after[name], encoder.weights[name])
+        names = dataset.catalog.schema.names
+        row, there = names.index("shade=black"), encoder.card.features.index("shade=black")
+        kernel = "candidate_tower.attributes.kernel"
+        np.testing.assert_array_equal(after[kernel][row], encoder.weights[kernel][there])
+        adapt.run(here, out, "retrieval")
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            (
+                "adapt.retrieval.layers=2",
+                r"pretrained with layers = 1, and adapt\.retrieval\.layers",
+            ),
+            ("adapt.retrieval.embedding_dim=16", r"embedding_dim = 8"),
+            ("adapt.text=none", r"reads items by their text, and here adapt\.text is 'none'"),
+        ],
+    )
+    def test_another_architecture_is_refused(self, folder, finished, tmp_path, setting, message):
+        out = copy(finished, tmp_path)
+        with pytest.raises((ConfigError, InputError), match=message):
+            adapt.run(config(folder, "adapt.encoder=pretrain", setting), out, "retrieval")
+        assert not (out / "adapt" / "retrieval").exists()
+
+    def test_another_text_model_is_refused(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        write_tiny_bert(tmp_path / "other", seed=5)
+        other = config(folder, "adapt.encoder=pretrain", f"adapt.text={tmp_path / 'other'}")
+        with pytest.raises(ConfigError, match="other weights; set adapt.text="):
+            adapt.run(other, out, "retrieval")
+
+    def test_no_encoder_there(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        shutil.rmtree(out / "pretrain")
+        with pytest.raises(ArtifactError, match="there is no artifact at"):
+            adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")
+
+
+class TestUsers:
+    def test_some_users_adapt_and_the_others_pretrain(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        half = ("adapt.users=0.5", "pretrain.users=others", "adapt.encoder=pretrain")
+        made = pretrain.run(config(folder, *half), out)
+        card = json.loads(made.file("card.json").read_text())
+        assert card["data"]["users"] == board.USERS // 2
+        adapt.run(config(folder, *half), out, "retrieval")
+
+
+class TestWhatTheDataCannotSupport:
+    def test_texts(self, folder, finished, tmp_path):
+        bad = board.config(folder / "files", *TINY, "pretrain.objectives={text_history = 1.0}")
+        with pytest.raises(InputError, match="'text_history' reads texts"):
+            pretrain.run(bad, copy(finished, tmp_path))
+
+    def test_single_events(self, folder, tmp_path):
+        files = board.write(tmp_path / "files", items=2)
+        given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
+        bad = config(folder, *given, objectives="{contrastive = 1.0}")
+        prepare.run(bad, tmp_path / "run")
+        with pytest.raises(InputError, match="'contrastive' needs users with at least two"):
+            pretrain.run(bad, tmp_path / "run")
+
+    def test_no_objective(self, folder, finished, tmp_path):
+        with pytest.raises(ConfigError, match="gives no objective a weight"):
+            pretrain.run(config(folder, objectives="{masked = 0.0}"), copy(finished, tmp_path))
+
+
+def test_a_loss_that_is_no_number_stops_and_says_where(folder, finished, tmp_path):
+    from tfrec.training import TrainingDivergedError
+
+    wild = config(
+        folder,
+        "pretrain.learning_rate=1.0",
+        "pretrain.clip_norm=0.0",
+        "pretrain.epochs=200",
+        "adapt.retrieval.temperature=1e-30",
+    )
+    with pytest.raises(TrainingDivergedError, match=r"loss of .* in step \d+; the last good"):
+        pretrain.run(wild, copy(finished, tmp_path))
