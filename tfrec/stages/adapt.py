@@ -31,6 +31,7 @@ from tfrec.errors import ConfigError, InputError, SetupError
 from tfrec.index import Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.engine import (
+    WEIGHTS,
     RetrievalCard,
     TensorFlowEngine,
     cut_of,
@@ -39,9 +40,11 @@ from tfrec.models.engine import (
 )
 from tfrec.models.exposures import ranking_batches
 from tfrec.models.keras_bridge import set_precision, set_seed, tf
+from tfrec.models.named import named_variables, save
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
+from tfrec.models.tuning import count, difference, tune
 from tfrec.recommender import (
     BLOCK,
     SCALARS,
@@ -54,7 +57,14 @@ from tfrec.recommender import (
     scalars,
 )
 from tfrec.tracking import callbacks
-from tfrec.training import Metrics, Progress, Trainer, discard
+from tfrec.training import (
+    Metrics,
+    Progress,
+    Trainer,
+    discard,
+    peak_memory_mb,
+    step_seconds,
+)
 
 Task = Literal["retrieval", "ranking"]
 Times = NDArray[np.int64]
@@ -179,9 +189,10 @@ def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
     made = _Retrieval(job)
     state = made.select()
     measured = {"best_epoch": state.best_epoch, "validation": state.best, "epochs": state.epoch}
-    weights = sum(int(np.prod(v.shape)) for v in made.model.trainable_variables)
-    measured |= {"train_seconds": round(state.seconds, 1), "weights": weights}
+    measured |= {"train_seconds": round(state.seconds, 1), **made.weights()}
+    measured |= {"step_seconds": step_seconds(state), "peak_memory_mb": peak_memory_mb()}
     made.write(folder, "select")
+    measured["difference_bytes"] = (folder / "select" / WEIGHTS).stat().st_size
     for cut in job.cuts[1:]:
         made.refit(cut)
         made.write(folder, cut)
@@ -204,8 +215,8 @@ class _Retrieval:
             raise InputError("there is no training event; the dataset has only held-out ones")
         coding = EventCoding.of(train)
         with self.placement.strategy.scope():
-            encoder = _encoder(job.adapt, dataset)
-            trained = job.adapt.text_mode == "full" and any(dataset.catalog.texts)
+            trained = job.adapt.tuning.text != "head" and any(dataset.catalog.texts)
+            encoder = _encoder(job.adapt, dataset, trained)
             self.tokens = _tokens(encoder, dataset) if trained else None
             self.text = _encoded(encoder, dataset.catalog, "passage")
             self.profile = _encoded(encoder, dataset.users, "query")
@@ -220,7 +231,12 @@ class _Retrieval:
                 popularity=(share / share.sum()).astype(np.float32),
                 encoder=encoder if self.tokens is not None else None,
             )
-        self.trainer = Trainer(self.model, config, self.placement)
+            text_digest = encoder.digest() if encoder else ""
+            self.pretrained: tuple[str, ...] = ()
+            self.tuned = tune(self.model, job.adapt.tuning, self.pretrained)
+        self.encoder = encoder
+        rates = self.tuned.rates(self.model.trainable_variables)
+        self.trainer = Trainer(self.model, config, self.placement, rates)
         self.batch_size = 0
         self.card = RetrievalCard(
             text_width=self.text.shape[1],
@@ -230,6 +246,8 @@ class _Retrieval:
             num_rows=len(dataset.catalog),
             coding=coding,
             cuts=tuple(job.cuts),
+            text_digest=text_digest,
+            pretrained=self.pretrained,
         )
 
     def select(self) -> Progress:
@@ -243,6 +261,7 @@ class _Retrieval:
             callbacks=self.job.trackers("retrieval"),
         )
         self._chosen = [v.numpy() for v in self.model.trainable_variables]
+        self._waited = state.best_epoch or state.epoch
         return state
 
     def refit(self, cut: str) -> None:
@@ -259,12 +278,13 @@ class _Retrieval:
             warmup=batches.steps_per_epoch // 2,
             peak=REFIT_RATE * self.config.learning_rate,
             averaged=False,
+            waited=self._waited,
         )
 
     def write(self, folder: Path, cut: str) -> None:
         """Writes weights and vectors of a cut."""
         (folder / cut).mkdir()
-        tf.train.Checkpoint(model=self.model).write(str(folder / cut / "weights"))
+        save(folder / cut / WEIGHTS, difference(self.model))
         if self.tokens is not None:
             np.save(folder / cut / "text.npy", self._text())
         np.save(folder / cut / "vectors.npy", self.vectors())
@@ -277,6 +297,22 @@ class _Retrieval:
         )
         vectors[0] = 0
         return vectors
+
+    def weights(self) -> dict[str, int]:
+        """How many weights move, and how many there are; of the model and of its BERT."""
+        text = 0 if self.encoder is None else count(named_variables(self.encoder).values())
+        frozen = text if self.model.encoder is None else 0
+        moving = [] if self.model.encoder is None else self.model.encoder.trainable_variables
+        return {
+            "weights": count(self.model.trainable_variables),
+            "weights_total": count(named_variables(self.model).values()) + frozen,
+            "text_weights_trained": count(moving),
+            "text_weights_total": text,
+        }
+
+    def _text_encoder(self) -> TextEncoder:
+        assert self.encoder is not None
+        return self.encoder
 
     def _text(self) -> Floats:
         if self.model.encoder is None:
@@ -310,7 +346,7 @@ class _Retrieval:
 
     def _validate(self) -> Metrics:
         """Full ranking of the validation events, from the training events."""
-        engine = TensorFlowEngine(self.model, None, self.job.adapt)
+        engine = TensorFlowEngine(self.model, None, self._text_encoder)
         recommender = _recommender(
             self.job.dataset, engine, self.vectors(), self.text, self.profile
         )
@@ -353,11 +389,15 @@ def _recommender(
     )
 
 
-def _encoder(config: AdaptConfig, dataset: Dataset) -> TextEncoder | None:
+def _encoder(config: AdaptConfig, dataset: Dataset, trained: bool) -> TextEncoder | None:
+    """The BERT, if there is something to read; in the precision of the training if it is tuned."""
     if config.text == "none" or not any((*dataset.catalog.texts, *dataset.users.texts)):
         return None
     return TextEncoder.load(
-        config.text, length=config.text_length, trainable=config.text_mode == "full"
+        config.text,
+        length=config.text_length,
+        trainable=trained,
+        dtype=None if trained else "float32",
     )
 
 
@@ -399,7 +439,7 @@ def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
     tasks = _tasks(job.dataset)
     ranker, sizes, state = _train_ranker(job, base, tasks)
     policy, found = _choose_policy(job, base, tasks)
-    tf.train.Checkpoint(model=ranker).write(str(folder / "weights"))
+    save(folder / WEIGHTS, named_variables(ranker))
     told = {
         "candidates": policy.candidates,
         "history": policy.history,
@@ -481,7 +521,7 @@ def _train_ranker(
         ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
     ranker.adapt_scalars(batches.sample_scalars())
     assert isinstance(base.engine, TensorFlowEngine)
-    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
+    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, base.engine.load_text)
     state = Trainer(ranker, config, job.placement).fit(
         batches,
         work_dir=job.work / "select",
