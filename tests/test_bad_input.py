@@ -74,7 +74,7 @@ def test_recommendations_of_an_unfinished_model(run, capsys):
     assert "unfinished" in told(capsys)
 
 
-@pytest.mark.parametrize("file", ["final/vectors.npy", "final/weights.data-00000-of-00001"])
+@pytest.mark.parametrize("file", ["final/vectors.npy", "final/weights.safetensors"])
 def test_a_changed_byte(file, run, tmp_path, capsys):
     path = run / "adapt" / "retrieval" / file
     content = bytearray(path.read_bytes())

@@ -127,9 +127,15 @@ def writing(
     *,
     kind: str,
     config: Mapping[str, Any],
-    parents: Mapping[str, Artifact] | None = None,
+    parents: Mapping[str, Artifact | str] | None = None,
 ) -> Iterator[Draft]:
     """Opens a draft that becomes the artifact at ``path`` when the block ends without error.
+
+    Args:
+      path: Where it will be.
+      kind: See :class:`Artifact`.
+      config: See :class:`Artifact`.
+      parents: Role -> what it is made from, or the digest of that.
 
     Raises:
       SetupError: the disk is full or cannot be written.
@@ -142,7 +148,10 @@ def writing(
         try:
             draft = Draft(partial)
             yield draft
-            lineage = {role: parent.digest for role, parent in (parents or {}).items()}
+            lineage = {
+                role: parent if isinstance(parent, str) else parent.digest
+                for role, parent in (parents or {}).items()
+            }
             _write_manifest(partial, kind, config, lineage, draft.metrics)
             _swap(partial, final)
         finally:

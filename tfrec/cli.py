@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"tfrec {tfrec.__version__}")
     verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     _add_stages(verbs)
+    _add_merge(verbs)
     _add_recommend(verbs)
     _add_data(verbs)
     _add_looks(verbs)
@@ -164,6 +165,10 @@ def _add_stages(verbs: Verbs) -> None:
                 "tfrec adapt movielens-100k --task retrieval "
                 "--from saved_models/movielens-1m/pretrain",
             ),
+            (
+                "the two-tower model, and few weights of the BERT with it",
+                "tfrec adapt movielens-100k --task retrieval --tune lora --out runs/lora",
+            ),
         ),
     )
     adapt.add_argument(
@@ -177,6 +182,12 @@ def _add_stages(verbs: Verbs) -> None:
         dest="encoder",
         metavar="ENCODER",
         help="a pretrained encoder to start from; same as --set adapt.encoder=ENCODER",
+    )
+    adapt.add_argument(
+        "--tune",
+        choices=("full", "head", "lora", "adapter", "prompt", "bitfit"),
+        help="which pretrained weights move; same as --set adapt.tuning.text=METHOD "
+        "--set adapt.tuning.behaviour=METHOD",
     )
     _add_stage(
         verbs,
@@ -230,6 +241,8 @@ def _config(arguments: argparse.Namespace) -> tuple[Config, Path]:
     from tfrec.config import Config
 
     settings = list(arguments.settings)
+    if method := getattr(arguments, "tune", None):
+        settings[:0] = [f"adapt.tuning.{part}={method}" for part in ("text", "behaviour")]
     if arguments.data_dir is not None:
         settings.append(f"data.data_dir={json.dumps(arguments.data_dir)}")
     if arguments.seed is not None:
@@ -286,6 +299,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _made(path: Path) -> int:
     print(path)
     return DONE
+
+
+# --- merge ---------------------------------------------------------------------------------------
+
+
+def _add_merge(verbs: Verbs) -> None:
+    purpose = "make an adapted model complete in itself, without its base"
+    verb = verbs.add_parser(
+        "merge",
+        help=purpose,
+        description="Write an adapted two-tower as an artifact that holds its BERT, with the "
+        "changes of lora folded into it, and gives the same vectors without the base.",
+        epilog=_examples(
+            ("the retrieval model of a run", "tfrec merge runs/lora --to merged/lora"),
+        ),
+    )
+    verb.set_defaults(handler=_merge)
+    verb.add_argument(
+        "source", metavar="DIR", type=Path, help="a run's folder, or a retrieval artifact's"
+    )
+    verb.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="the folder of the new artifact"
+    )
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from tfrec.stages import merge
+
+    return _made(merge.run(arguments.source, arguments.to).path)
 
 
 # --- recommend -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tfrec.errors import ConfigError
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
+TuningMethod = Literal["head", "full", "lora", "adapter", "prompt", "bitfit"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
 TASKS = ("click", "like", "rating", "conversion")
@@ -237,15 +238,52 @@ class RankingConfig(TrainingConfig):
         return score
 
 
+class TuningConfig(Section):
+    """Which pretrained weights move, and how fast. What is new is always trained."""
+
+    text: TuningMethod = Field(
+        "head",
+        description="of the BERT: head: none, texts are encoded once; full: its weights; lora, "
+        "adapter, prompt: few new ones; bitfit: its biases",
+    )
+    behaviour: TuningMethod = Field(
+        "full", description="the same of what came from a pretrained behaviour encoder, if any did"
+    )
+    layers: list[int] = Field(
+        default_factory=list,
+        description="the BERT's layers that are tuned, from 0, or from -1 at the top downwards; "
+        "empty: all, and the embeddings",
+    )
+    behaviour_layers: list[int] = Field(
+        default_factory=list, description="the same of the behaviour encoder's blocks"
+    )
+    rank: int = Field(4, ge=1, le=256, description="lora: rank of a change")
+    bottleneck: int = Field(32, ge=1, le=4096, description="adapter: width of its inner layer")
+    prompts: int = Field(16, ge=1, le=512, description="prompt: learned places in every layer")
+    text_rate: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="learning rate of what moves in the BERT, in learning_rate; null: 0.025 for "
+        "full, 0.25 for the others",
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a layer over that of the layer above it"
+    )
+    unfreeze_epochs: int = Field(
+        0, ge=0, description="epochs until the next layer moves too, from the top; 0: all at once"
+    )
+    recompute: bool = Field(
+        False, description="the BERT's layers are computed twice, to keep less in memory"
+    )
+
+
 class AdaptConfig(Section):
     """Training of the task models. Training settings given here hold for every task."""
 
     text: str = Field(
         "all-MiniLM-L6-v2",
         description="the BERT: a known name, a keras-nlp preset, a folder; `none`: no text",
-    )
-    text_mode: Literal["frozen", "full"] = Field(
-        "frozen", description="frozen: texts are encoded once; full: the BERT is trained too"
     )
     text_length: int = Field(256, ge=4, le=512, description="tokens of a text that are read")
     encoder: str = Field(
@@ -266,6 +304,7 @@ class AdaptConfig(Section):
     tracking: list[Tracker] = Field(
         default=["tensorboard"], description="where losses and metrics are recorded"
     )
+    tuning: TuningConfig = TuningConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     ranking: RankingConfig = RankingConfig()
 

@@ -7,9 +7,12 @@ from there with the same command and the same batches.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,8 +114,90 @@ class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+class Rate(Protocol):
+    """How fast a variable learns: see :class:`tfrec.models.tuning.Rate`."""
+
+    @property
+    def share(self) -> float:
+        """Its learning rate, in that of the training."""
+
+    @property
+    def wait(self) -> int:
+        """Epochs before it moves."""
+
+
 class Optimizer(tf_keras.optimizers.AdamW):
-    """AdamW that can start again, and leaves it to us when the model gets the averaged weights."""
+    """AdamW that can start again, with a learning rate for each variable if asked.
+
+    It leaves it to us when the model gets the averaged weights.
+    """
+
+    _rates: Sequence[Rate] = ()
+    _shares: Any = None
+    _share: Any = None  # of the variable that is being updated
+
+    def set_rates(self, rates: Sequence[Rate]) -> None:
+        """Scales the learning rate, and with it the weight decay, of each variable it was built on.
+
+        The shares are values and no part of the graph: :meth:`begin_epoch` changes them.
+        """
+        self._rates = tuple(rates)
+        self._shares = tf.Variable([rate.share for rate in rates], trainable=False, name="shares")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Lets those variables move that have waited long enough; epochs count from 0."""
+        if self._rates:
+            self._shares.assign([r.share if epoch >= r.wait else 0.0 for r in self._rates])
+
+    @tf_keras.optimizers.AdamW.learning_rate.getter
+    def learning_rate(self) -> Any:
+        """The schedule's, times the share of the variable that is being updated."""
+        rate = tf_keras.optimizers.AdamW.learning_rate.fget(self)
+        return rate if self._share is None else rate * self._share
+
+    def apply_gradients(self, grads_and_vars: Any, *arguments: Any, **settings: Any) -> Any:
+        """As Keras does; what waits counts for nothing in the norm that is clipped either."""
+        if self._rates:
+            grads_and_vars = [
+                (tf.where(self._share_of(v) > 0, gradient, tf.zeros_like(gradient)), v)
+                for gradient, v in grads_and_vars
+            ]
+        return super().apply_gradients(grads_and_vars, *arguments, **settings)
+
+    def update_step(self, gradient: Any, variable: Any) -> None:
+        """AdamW's, with the decay."""
+        self._share = self._share_of(variable) if self._rates else None
+        try:
+            if self.weight_decay:
+                decay = tf.cast(self.learning_rate * self.weight_decay, variable.dtype)
+                variable.assign_sub(variable * decay)
+            super().update_step(gradient, variable)
+        finally:
+            self._share = None
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Nothing: :meth:`update_step` does it, which knows each variable's rate."""
+
+    def _update_model_variables_moving_average(self, var_list: Sequence[Any]) -> None:
+        """Keras' average, written so that the average of a constant is that constant to the bit."""
+        if not self.use_ema:
+            return
+
+        def update(average: Any, variable: Any) -> None:
+            average.assign_add((1 - self.ema_momentum) * (variable - average))
+
+        for variable in var_list:
+            average = self._model_variables_moving_average[self._place(variable)]
+            self._distribution_strategy.extended.update(
+                average, update, args=(variable,), group=False
+            )
+
+    def _share_of(self, variable: Any) -> Any:
+        return self._shares[self._place(variable)]
+
+    def _place(self, variable: Any) -> int:
+        place: int = self._index_dict[self._var_key(variable)]
+        return place
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Nothing: Keras calls it at the end of every fit, also where no average is wanted."""
@@ -140,12 +225,20 @@ class Trainer:
       model: A tf_keras model made under the placement's strategy, all weights built.
       config: How it is trained.
       placement: Where it runs.
+      rates: One for each of the model's trainable variables, in their order; empty: all learn at
+        the learning rate, from the start.
 
     Raises:
       ConfigError: a batch cannot be cut into as many pieces as there are replicas and parts.
     """
 
-    def __init__(self, model: Any, config: TrainingConfig, placement: Placement) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: TrainingConfig,
+        placement: Placement,
+        rates: Sequence[Rate] = (),
+    ) -> None:
         self.model, self.config, self.placement = model, config, placement
         if config.batch_size % (placement.replicas * config.accumulate):
             raise ConfigError(
@@ -171,6 +264,8 @@ class Trainer:
             compiled = config.jit_compile and placement.compiles
             model.compile(optimizer=self.whole, jit_compile=compiled)
             self.optimizer.build(model.trainable_variables)
+            if any(rate.share != 1 or rate.wait for rate in rates):
+                self.optimizer.set_rates(rates)
 
     def fit(
         self,
@@ -184,6 +279,7 @@ class Trainer:
         peak: float | None = None,
         validate: Callable[[], Metrics] | None = None,
         averaged: bool = True,
+        waited: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> Progress:
         """Trains the model and leaves it with the weights of its best validation.
@@ -201,6 +297,7 @@ class Trainer:
           validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
           averaged: Whether it is the moving average of the weights, if there is one, that is
             validated and kept; it begins with the weights that the model has now.
+          waited: Epochs of earlier fits that count for what waits before it moves.
           callbacks: Further tf_keras callbacks, for tracking; they see the metrics as logs.
 
         Returns:
@@ -222,7 +319,7 @@ class Trainer:
         state = keeper.resume()
         over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
         if not over:
-            loop = _Loop(state, keeper, epochs, steps, title, validate)
+            loop = _Loop(state, keeper, epochs, steps, title, validate, waited)
             try:
                 self.model.fit(
                     _distributed(batches, self.placement, state.epoch),
@@ -350,10 +447,12 @@ class _Loop(tf_keras.callbacks.Callback):
         steps: int,
         title: str,
         validate: Callable[[], Metrics] | None,
+        waited: int,
     ) -> None:
         super().__init__()
         self.state, self.keeper, self.config = state, keeper, keeper.config
         self.epochs, self.steps, self.title, self.validate = epochs, steps, title, validate
+        self.waited = waited
         self.bar: Any = None
         self.began = 0.0
 
@@ -378,6 +477,7 @@ class _Loop(tf_keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.began = time.monotonic()
+        self.keeper.optimizer.begin_epoch(epoch + self.waited)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.bar.update(1)
@@ -440,6 +540,24 @@ class _Loop(tf_keras.callbacks.Callback):
             f"{self.title}: the loss{of} became nan or infinite in {when}; the last good state is "
             f"in {self.keeper.folder}; lower learning_rate or clip_norm and run again"
         )
+
+
+def step_seconds(state: Progress) -> float:
+    """Median over the epochs of the mean time of a step.
+
+    The first epoch, in which the step is compiled, counts only where there is no other.
+    """
+    marks = [(0.0, 0.0), *((record["step"], record["seconds"]) for record in state.history)]
+    means = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
+    return round(float(np.median(means[1:] or means)), 5)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process had so far; of the first GPU, where there is one."""
+    if tf.config.list_logical_devices("GPU"):
+        return round(float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 @contextmanager

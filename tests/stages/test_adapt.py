@@ -54,8 +54,8 @@ class TestArtifacts:
         names = set(artifact(finished).files)
         assert {"model.json", "history.json", "text.npy", "profile.npy"} <= names
         for cut in ("select", "test", "final"):
-            assert {f"{cut}/vectors.npy", f"{cut}/weights.index"} <= names
-        assert {"model.json", "history.json", "weights.index", "final/linear.npy"} <= set(
+            assert {f"{cut}/vectors.npy", f"{cut}/weights.safetensors"} <= names
+        assert {"model.json", "history.json", "weights.safetensors", "final/linear.npy"} <= set(
             artifact(finished, "ranking").files
         )
 
@@ -300,7 +300,7 @@ def full(tmp_path_factory):
     write_tiny_bert(folder / "bert")
     settings = (
         f"adapt.text={folder / 'bert'}",
-        "adapt.text_mode=full",
+        "adapt.tuning.text=full",
         "adapt.retrieval.positions=4",
         "adapt.retrieval.uniform_negatives=8",
         "adapt.retrieval.epochs=1",
@@ -329,7 +329,7 @@ def test_profiles_without_item_texts_leave_the_bert_as_it_is(small, tmp_path):
     (tmp_path / "users.csv").write_text("user_id,likes\nu0,the war film\nu1,a love story\n")
     settings = (
         f"adapt.text={tmp_path / 'bert'}",
-        "adapt.text_mode=full",
+        "adapt.tuning.text=full",
         "adapt.retrieval.epochs=1",
         "adapt.refit=false",
         f"data.users={tmp_path / 'users.csv'}",

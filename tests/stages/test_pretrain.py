@@ -27,10 +27,7 @@ TINY = (
     "pretrain.ema=0.5",
     "adapt.refit=false",
 )
-OBJECTIVES = (
-    "{masked = 1.0, next_item = 1.0, vae = 0.2, denoising = 0.2, contrastive = 0.1, "
-    "text_history = 0.5}"
-)
+OBJECTIVES = "{masked = 1.0, vae = 0.2, text_history = 0.5}"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ class TestArtifact:
         assert set(artifact.files) == {"card.json", "history.json", "weights.safetensors"}
         card = json.loads(artifact.file("card.json").read_text())
         assert card["objectives"]["masked"] == 1.0
-        assert set(card["losses"]) >= {"loss", "masked", "vae", "text_history", "co_occurrence"}
+        assert set(card["losses"]) == {"loss", "masked", "vae", "text_history"}
         assert card["data"]["users"] == board.USERS
         assert card["text"]["trained"] is False
         assert not (finished / ".pretrain.work").exists()
@@ -116,7 +113,7 @@ class TestAdapting:
         encoder = PretrainedEncoder.load(out / "pretrain")
         model = load_recommender(out, "select").engine.two_tower
         for name, variable in named.named_variables(model).items():
-            np.testing.assert_allclose(variable.numpy(), encoder.weights[name], atol=1e-12)
+            np.testing.assert_allclose(variable.numpy(), encoder.weights[name], rtol=1e-5)
         parents = Artifact.load(out / "adapt" / "retrieval").parents
         assert parents["encoder"] == Artifact.load(out / "pretrain").digest
 
@@ -179,7 +176,7 @@ class TestAdapting:
         out = copy(finished, tmp_path)
         write_tiny_bert(tmp_path / "other", seed=5)
         other = config(folder, "adapt.encoder=pretrain", f"adapt.text={tmp_path / 'other'}")
-        with pytest.raises(ConfigError, match="other weights; set adapt.text="):
+        with pytest.raises(ConfigError, match=r"other weights; set adapt\.text="):
             adapt.run(other, out, "retrieval")
 
     def test_no_encoder_there(self, folder, finished, tmp_path):

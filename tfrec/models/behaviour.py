@@ -88,7 +88,15 @@ def attention_mask(segment: Any, causal: bool) -> Any:
 
 
 class TransformerBlock(tf_keras.layers.Layer):
-    """Pre-norm self-attention and feed-forward, each with a residual connection."""
+    """Pre-norm self-attention and feed-forward, each with a residual connection.
+
+    Attributes:
+      attention_adapter: A layer that what attention gives goes through, or None; these three are
+        for :mod:`tfrec.models.tuning`.
+      feed_adapter: The same after the feed-forward layers.
+      prefix: A layer that maps the queries, float (batch, heads, length, width / heads), to what
+        is added to the heads' outputs, or None.
+    """
 
     def __init__(
         self,
@@ -109,14 +117,21 @@ class TransformerBlock(tf_keras.layers.Layer):
         self.contract = tf_keras.layers.Dense(width, name="contract")
         self.dropout = Dropout(dropout)
         self.bias = self.add_weight(name="bias", shape=(heads, length), initializer="zeros")
+        self.attention_adapter: Any = None
+        self.feed_adapter: Any = None
+        self.prefix: Any = None
 
     def call(self, inputs: Any, mask: Any, training: bool | None = None) -> Any:
         """(batch, length, width) and bool (batch, length, length) -> (batch, length, width)."""
         attended = self._attend(self.attention_norm(inputs), mask, training)
-        hidden = inputs + self.dropout(attended, training=training)
+        hidden = inputs + self._branch(attended, self.attention_adapter, training)
         # The tanh form of GELU: the erf form costs twice the time on a CPU.
         fed = tf.nn.gelu(self.expand(self.feed_norm(hidden)), approximate=True)
-        return hidden + self.dropout(self.contract(fed), training=training)
+        return hidden + self._branch(self.contract(fed), self.feed_adapter, training)
+
+    def _branch(self, values: Any, adapter: Any, training: bool | None) -> Any:
+        values = self.dropout(values, training=training)
+        return values if adapter is None else adapter(values)
 
     def _attend(self, inputs: Any, mask: Any, training: bool | None) -> Any:
         length = tf.shape(inputs)[1]
@@ -130,5 +145,8 @@ class TransformerBlock(tf_keras.layers.Layer):
         low = tf.constant(-1e4 if scores.dtype == tf.float16 else -1e9, scores.dtype)
         weights = tf.nn.softmax(tf.where(mask[:, None], scores, low))
         weights = self.dropout(weights, training=training)
-        mixed = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
+        mixed = tf.matmul(weights, value)
+        if self.prefix is not None:
+            mixed += self.prefix(query)
+        mixed = tf.transpose(mixed, [0, 2, 1, 3])
         return self.project(tf.reshape(mixed, [-1, length, self.width]))

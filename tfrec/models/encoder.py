@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.artifact import Artifact
@@ -93,11 +94,13 @@ class PretrainedEncoder:
       path: Its folder.
       card: What it is.
       weights: Name -> values, of :func:`tfrec.models.named.named_variables`.
+      digest: Of the artifact.
     """
 
     path: Path
     card: EncoderCard
     weights: Mapping[str, NDArray[Any]]
+    digest: str = ""
 
     @classmethod
     def load(cls, artifact: Artifact | str | os.PathLike[str]) -> PretrainedEncoder:
@@ -109,7 +112,7 @@ class PretrainedEncoder:
         folder = artifact.path if isinstance(artifact, Artifact) else artifact
         found = Artifact.load(folder, KIND)
         card = EncoderCard.parse(json.loads(found.file(CARD).read_text("utf-8")))
-        return cls(found.path, card, named.read(found.file(WEIGHTS)))
+        return cls(found.path, card, named.read(found.file(WEIGHTS)), found.digest)
 
     @property
     def reads_profiles(self) -> bool:
@@ -165,7 +168,7 @@ class PretrainedEncoder:
                 f"'{config.text}' has other weights; set adapt.text={self.card.text['name']}"
             )
 
-    def start(self, model: TwoTower, dataset: Dataset) -> list[str]:
+    def start(self, model: TwoTower, dataset: Dataset) -> tuple[str, ...]:
         """Gives a new TwoTower all that it can take over.
 
         Args:
@@ -173,7 +176,7 @@ class PretrainedEncoder:
           dataset: What it is for.
 
         Returns:
-          Names of the weights that were taken over, at least in part.
+          Names of the weights that were taken over as they are; others are new, at least in part.
         """
         same = self.card.catalog == dataset.catalog.digest(self.card.num_rows)
         theirs, ours = self.card, dataset
@@ -211,8 +214,14 @@ class PretrainedEncoder:
             else:
                 continue
             variable.assign(value)
-            taken.append(name)
-        return taken
+            if value.shape == source.shape and np.array_equal(value, source):
+                taken.append(name)
+        return tuple(taken)
+
+
+def base_folder(given: str, run: Path) -> Path:
+    """Where the encoder is that `adapt.encoder` names, in a run's folder."""
+    return run / "pretrain" if given == "pretrain" else Path(given)
 
 
 def contents(model: TwoTower) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.errors import ArtifactError
+from tfrec.models.encoder import KIND, PretrainedEncoder, base_folder
 from tfrec.models.keras_bridge import tf
+from tfrec.models.named import assign, named_variables, read
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
+from tfrec.models.tuning import difference, tune
 from tfrec.recommender import SCALARS, Floats, LinearItems, Policy, Recommender, Rows
 
 CUTS: Mapping[str, tuple[int, ...]] = {
@@ -31,6 +34,12 @@ CUTS: Mapping[str, tuple[int, ...]] = {
     "final": (TRAIN, VALID, TEST),
 }
 """What the weights of each cut were trained on."""
+
+WEIGHTS = "weights.safetensors"
+"""The trained weights of an artifact, or of one of its cuts."""
+
+MERGED = "merged"
+"""The role of the parent that a merged artifact stands for."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class RetrievalCard:
       num_rows: Rows of the catalog it was trained on.
       coding: How events become integers.
       cuts: The cuts that there are weights of.
+      text_digest: Digest of the BERT as it was before it was tuned; empty: there is none, or it
+        is part of the artifact.
+      pretrained: Names of the weights outside of the BERT that were pretrained.
     """
 
     text_width: int
@@ -54,6 +66,8 @@ class RetrievalCard:
     num_rows: int
     coding: EventCoding
     cuts: tuple[str, ...]
+    text_digest: str = ""
+    pretrained: tuple[str, ...] = ()
 
     def dump(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,7 +79,8 @@ class RetrievalCard:
         coding = EventCoding(
             **{**tree["coding"], "event_names": tuple(tree["coding"]["event_names"])}
         )
-        return cls(**{**tree, "coding": coding, "cuts": tuple(tree["cuts"])})
+        lists = {name: tuple(tree[name]) for name in ("cuts", "pretrained")}
+        return cls(**{**tree, **lists, "coding": coding})
 
 
 class TensorFlowEngine:
@@ -74,11 +89,13 @@ class TensorFlowEngine:
     Args:
       two_tower: The retrieval model.
       ranker: The ranker, or None.
-      adapt: The configuration, which names the text encoder.
+      load_text: Loads the text encoder, if the two-tower has none of its own.
     """
 
-    def __init__(self, two_tower: TwoTower, ranker: Ranker | None, adapt: AdaptConfig) -> None:
-        self.two_tower, self.ranker, self.adapt = two_tower, ranker, adapt
+    def __init__(
+        self, two_tower: TwoTower, ranker: Ranker | None, load_text: Callable[[], TextEncoder]
+    ) -> None:
+        self.two_tower, self.ranker, self.load_text = two_tower, ranker, load_text
         self._rank = tf.function(self._ranked, reduce_retracing=True) if ranker else None
 
     @functools.cached_property
@@ -86,7 +103,7 @@ class TensorFlowEngine:
         if self.two_tower.encoder is not None:
             encoder: TextEncoder = self.two_tower.encoder
             return encoder
-        return TextEncoder.load(self.adapt.text, length=self.adapt.text_length, trainable=False)
+        return self.load_text()
 
     def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
         """See :class:`tfrec.recommender.Engine`."""
@@ -128,28 +145,89 @@ def load_two_tower(artifact: Artifact, dataset: Dataset, cut: str) -> tuple[TwoT
     """A trained TwoTower and its catalog's text vectors, float32 (n + 1, text width).
 
     Raises:
-      ArtifactError: there are no weights of this cut.
+      ArtifactError: there are no weights of this cut, or the BERT is not the one they belong to.
     """
-    config = AdaptConfig.model_validate(artifact.config["adapt"])
-    card = RetrievalCard.parse(read_json(artifact.file("model.json")))
+    return restore_two_tower(artifact, cut, dataset.catalog.features)
+
+
+def restore_two_tower(artifact: Artifact, cut: str, features: Floats) -> tuple[TwoTower, Floats]:
+    """As :func:`load_two_tower`; ``features`` are the catalog's attributes, float32 (n + 1, F)."""
+    config, card = _told(artifact)
     if cut not in card.cuts:
         raise ArtifactError(f"{artifact.path} has no weights of '{cut}', only {card.cuts}")
     own = f"{cut}/text.npy"
     text = read_array(artifact.file(own if own in artifact.files else "text.npy"))
-    encoder = None
-    if config.text_mode == "full" and card.text_width:
-        encoder = TextEncoder.load(config.text, length=config.text_length)
+    tuned = config.tuning.text != "head" and card.text_width
     model = TwoTower(
         config.retrieval,
         text,
-        dataset.catalog.features,
+        features,
         card.coding,
         card.profile_width,
         card.user_attributes_width,
-        encoder=encoder,
+        encoder=load_text(artifact, cut) if tuned else None,
     )
-    tf.train.Checkpoint(model=model).read(str(artifact.path / cut / "weights")).expect_partial()
+    if set(card.pretrained) - named_variables(model).keys():
+        raise ArtifactError(f"{artifact.path} was pretrained for another model; train it again")
+    own_weights = artifact.file(f"{cut}/{WEIGHTS}")
+    if config.tuning.behaviour != "full" and card.pretrained and not _is_merged(artifact):
+        base = _base(artifact).weights
+        assign(named_variables(model), {n: base[n] for n in card.pretrained}, config.encoder)
+    tune(model, config.tuning, card.pretrained)
+    _restore(model, difference(model), own_weights)
     return model, text
+
+
+def _base(artifact: Artifact) -> PretrainedEncoder:
+    """The pretrained encoder that a retrieval artifact started from."""
+    config, _ = _told(artifact)
+    folder = base_folder(config.encoder, artifact.path.parent.parent)
+    found = PretrainedEncoder.load(folder)
+    if found.digest != artifact.parents.get(KIND):
+        raise ArtifactError(
+            f"{artifact.path} was made from an encoder of digest "
+            f"{artifact.parents.get(KIND, '')[:12]}, and {folder} has {found.digest[:12]}; put the "
+            "old one back, or train again"
+        )
+    return found
+
+
+def _is_merged(artifact: Artifact) -> bool:
+    return MERGED in artifact.parents
+
+
+def load_text(artifact: Artifact, cut: str) -> TextEncoder:
+    """The BERT that a retrieval artifact's weights are a difference to, or that is part of it.
+
+    Raises:
+      ArtifactError: the BERT of that name is another one.
+    """
+    config, card = _told(artifact)
+    for place in (f"{cut}/text", "text"):
+        if f"{place}/config.json" in artifact.files:
+            return TextEncoder.load(artifact.path / place, length=config.text_length)
+    folder = _base(artifact).text_folder if KIND in artifact.parents else ""
+    encoder = TextEncoder.load(config.text, length=config.text_length, folder=folder)
+    found = encoder.digest()
+    if card.text_digest and found != card.text_digest:
+        raise ArtifactError(
+            f"{artifact.path} was made with a BERT of digest {card.text_digest[:12]}, and "
+            f"'{config.text}' has {found[:12]} here; put the old weights back, or train again"
+        )
+    return encoder
+
+
+def _restore(model: Any, needed: Collection[str], path: Path) -> None:
+    weights = read(path)
+    missing = set(needed) - weights.keys()
+    if missing:
+        raise ArtifactError(f"{path} has no weight '{min(missing)}', which this model needs")
+    assign(named_variables(model), weights, str(path))
+
+
+def _told(artifact: Artifact) -> tuple[AdaptConfig, RetrievalCard]:
+    card = RetrievalCard.parse(read_json(artifact.file("model.json")))
+    return AdaptConfig.model_validate(artifact.config["adapt"]), card
 
 
 def load_recommender(run_dir: str | os.PathLike[str], cut: str = "final") -> Recommender:
@@ -179,8 +257,7 @@ def recommender_of(
     dataset: Dataset, retrieval: Artifact, ranking: Artifact | None, cut: str
 ) -> Recommender:
     """Puts artifacts that were read and belong together into a Recommender."""
-    adapt = AdaptConfig.model_validate(retrieval.config["adapt"])
-    card = RetrievalCard.parse(read_json(retrieval.file("model.json")))
+    _, card = _told(retrieval)
     trained = cut if cut in card.cuts else "select"
     two_tower, text = load_two_tower(retrieval, dataset, trained)
     vectors = read_array(retrieval.file(f"{trained}/vectors.npy"))
@@ -199,7 +276,7 @@ def recommender_of(
         if f"{trained}/linear.npy" in ranking.files:
             linear = LinearItems(read_array(ranking.file(f"{trained}/linear.npy")))
     return Recommender(
-        TensorFlowEngine(two_tower, ranker, adapt),
+        TensorFlowEngine(two_tower, ranker, functools.partial(load_text, retrieval, trained)),
         dataset.catalog,
         dataset.users,
         cut_of(dataset.interactions, cut),
@@ -218,7 +295,7 @@ def load_ranker(artifact: Artifact, told: Mapping[str, Any]) -> Ranker | None:
         return None
     config = RankingConfig.model_validate(artifact.config["ranking"])
     ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tuple(told["tasks"]), **told["sizes"])
-    tf.train.Checkpoint(model=ranker).read(str(artifact.path / "weights")).expect_partial()
+    _restore(ranker, named_variables(ranker), artifact.file(WEIGHTS))
     return ranker
 
 
@@ -234,7 +311,7 @@ def read_array(path: Path) -> Floats:
 
 
 def _belongs(child: Artifact, role: str, parent: Artifact) -> None:
-    if child.parents.get(role) != parent.digest:
+    if child.parents.get(role) not in (parent.digest, parent.parents.get(MERGED)):
         raise ArtifactError(
             f"{child.path} was not made from {parent.path} as it is now; run "
             f"`tfrec adapt --task {child.kind}` again"

@@ -17,13 +17,16 @@ from tfrec.models.text import TextEncoder
 LEAST_STEPS = 8
 
 
-def text_encoder(config: AdaptConfig, dataset: Dataset, folder: str = "") -> TextEncoder | None:
+def text_encoder(
+    config: AdaptConfig, dataset: Dataset, folder: str = "", trained: bool = False
+) -> TextEncoder | None:
     """The BERT, or None where there is no text to read.
 
     Args:
       config: Names it.
       dataset: What it reads.
       folder: Where it is, if it was pretrained further.
+      trained: Whether it is to be trained; then it computes in the precision of the training.
     """
     if config.text == "none" or not any((*dataset.catalog.texts, *dataset.users.texts)):
         return None
@@ -31,7 +34,8 @@ def text_encoder(config: AdaptConfig, dataset: Dataset, folder: str = "") -> Tex
         config.text,
         length=config.text_length,
         folder=folder,
-        trainable=config.text_mode == "full",
+        trainable=trained,
+        dtype=None if trained else "float32",
     )
 
 

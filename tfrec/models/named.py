@@ -56,11 +56,19 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def save(path: Path, variables: Mapping[str, Any]) -> None:
-    """Writes variables, or arrays, into a safetensors file."""
+    """Writes variables, or arrays, into a safetensors file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(_array(value)) for name, value in variables.items()}
-    save_file(arrays, str(path))
+    try:
+        save_file(arrays, str(path))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def read(path: Path) -> Arrays:

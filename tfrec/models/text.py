@@ -160,6 +160,10 @@ class TextEncoder(Hosted):
         self.tokenizer = tokenizer
         self.settings = settings
         self.width = int(backbone.hidden_dim)
+        self.retrace()
+
+    def retrace(self) -> None:
+        """Makes :meth:`encode` see that layers were added to the BERT or taken out."""
         signature = [tf.TensorSpec([None, None], tf.int32)] * 2
         compiled = tf.function(self._vectors, input_signature=signature)
         # Wrapped, so that it does not become part of checkpoints and saved models.
@@ -290,7 +294,7 @@ class TextEncoder(Hosted):
           SetupError: the folder cannot be written.
         """
         prompted = [self.settings.prompt(role) + text for text in texts]
-        cache = TextCache(folder or cache_folder() / "texts", self.digest(), self.width)
+        cache = TextCache(folder or cache_folder() / "texts", self._maker(), self.width)
         vectors, found = cache.get(prompted)
         missing = list(dict.fromkeys(prompted[row] for row in np.flatnonzero(~found)))
         if missing:
@@ -309,6 +313,13 @@ class TextEncoder(Hosted):
             if "seed_generator" not in variable.path:
                 hashed.update(np.ascontiguousarray(variable.value.numpy()).data)
         return hashed.hexdigest()
+
+    def _maker(self) -> str:
+        """The digest of what made a vector to the last bit: with the precision."""
+        computes = str(self.model.compute_dtype)
+        if computes == "float32":
+            return self.digest()
+        return hashlib.sha256(f"{self.digest()} {computes}".encode()).hexdigest()
 
     def _prepared(self, texts: Iterable[str], role: Role) -> list[str]:
         prompt = self.settings.prompt(role)

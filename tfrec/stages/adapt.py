@@ -30,8 +30,9 @@ from tfrec.errors import ConfigError, InputError
 from tfrec.index import Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.encoder import KIND as ENCODER
-from tfrec.models.encoder import PretrainedEncoder
+from tfrec.models.encoder import PretrainedEncoder, base_folder
 from tfrec.models.engine import (
+    WEIGHTS,
     RetrievalCard,
     TensorFlowEngine,
     cut_of,
@@ -40,9 +41,12 @@ from tfrec.models.engine import (
 )
 from tfrec.models.exposures import ranking_batches
 from tfrec.models.inputs import encoded, fitting_batch_size, text_encoder, tokens_of, vectors_of
-from tfrec.models.keras_bridge import set_precision, set_seed, tf
+from tfrec.models.keras_bridge import set_precision, set_seed
+from tfrec.models.named import named_variables, save
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
+from tfrec.models.text import TextEncoder
+from tfrec.models.tuning import count, difference, tune
 from tfrec.recommender import (
     BLOCK,
     SCALARS,
@@ -55,7 +59,15 @@ from tfrec.recommender import (
     scalars,
 )
 from tfrec.tracking import callbacks
-from tfrec.training import Metrics, Progress, Trainer, discard, disk_errors
+from tfrec.training import (
+    Metrics,
+    Progress,
+    Trainer,
+    discard,
+    disk_errors,
+    peak_memory_mb,
+    step_seconds,
+)
 
 Task = Literal["retrieval", "ranking"]
 Times = NDArray[np.int64]
@@ -88,7 +100,7 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
     out = Path(out)
     parents = {"dataset": Artifact.load(out / "prepare", "dataset")}
     if task == "retrieval" and config.adapt.encoder:
-        parents["encoder"] = Artifact.load(encoder_folder(config, out), ENCODER)
+        parents["encoder"] = Artifact.load(base_folder(config.adapt.encoder, out), ENCODER)
     if task == "ranking":
         parents["retrieval"] = Artifact.load(out / "adapt" / "retrieval", "retrieval")
     recipe = _recipe(config, task)
@@ -112,12 +124,6 @@ def _recipe(config: Config, task: Task) -> dict[str, Any]:
         return {"seed": config.seed, "adapt": adapt}
     ranking = config.adapt.ranking.model_dump(mode="json")
     return {"seed": config.seed, "refit": config.adapt.refit, "ranking": ranking}
-
-
-def encoder_folder(config: Config, out: Path) -> Path:
-    """Where the encoder is that an adaptation starts from."""
-    given = config.adapt.encoder
-    return out / "pretrain" if given == "pretrain" else Path(given)
 
 
 @dataclass(frozen=True)
@@ -185,9 +191,10 @@ def _retrieval(job: _Job, folder: Path) -> dict[str, Any]:
     made = _Retrieval(job)
     state = made.select()
     measured = {"best_epoch": state.best_epoch, "validation": state.best, "epochs": state.epoch}
-    weights = sum(int(np.prod(v.shape)) for v in made.model.trainable_variables)
-    measured |= {"train_seconds": round(state.seconds, 1), "weights": weights}
+    measured |= {"train_seconds": round(state.seconds, 1), **made.weights()}
+    measured |= {"step_seconds": step_seconds(state), "peak_memory_mb": peak_memory_mb()}
     made.write(folder, "select")
+    measured["difference_bytes"] = (folder / "select" / WEIGHTS).stat().st_size
     for cut in job.cuts[1:]:
         made.refit(cut)
         made.write(folder, cut)
@@ -213,10 +220,10 @@ class _Retrieval:
         if "encoder" in job.parents:
             base = PretrainedEncoder.load(job.parents["encoder"])
         with self.placement.strategy.scope():
-            encoder = text_encoder(job.adapt, dataset, base.text_folder if base else "")
+            trained = job.adapt.tuning.text != "head" and any(dataset.catalog.texts)
+            encoder = text_encoder(job.adapt, dataset, base.text_folder if base else "", trained)
             if base is not None:
                 base.check(job.adapt, encoder, dataset)
-            trained = job.adapt.text_mode == "full" and any(dataset.catalog.texts)
             self.tokens = tokens_of(encoder, dataset) if trained else None
             self.text = encoded(encoder, dataset.catalog, "passage")
             self.profile = encoded(encoder, dataset.users, "query")
@@ -234,9 +241,12 @@ class _Retrieval:
                 popularity=(share / share.sum()).astype(np.float32),
                 encoder=encoder if self.tokens is not None else None,
             )
-        if base is not None:
-            base.start(self.model, dataset)
-        self.trainer = Trainer(self.model, config, self.placement)
+            text_digest = encoder.digest() if encoder else ""
+            self.pretrained = base.start(self.model, dataset) if base is not None else ()
+            self.tuned = tune(self.model, job.adapt.tuning, self.pretrained)
+        self.encoder = encoder
+        rates = self.tuned.rates(self.model.trainable_variables)
+        self.trainer = Trainer(self.model, config, self.placement, rates)
         self.batch_size = 0
         self.card = RetrievalCard(
             text_width=self.text.shape[1],
@@ -246,6 +256,8 @@ class _Retrieval:
             num_rows=len(dataset.catalog),
             coding=coding,
             cuts=tuple(job.cuts),
+            text_digest=text_digest,
+            pretrained=self.pretrained,
         )
 
     def select(self) -> Progress:
@@ -259,6 +271,7 @@ class _Retrieval:
             callbacks=self.job.trackers("retrieval"),
         )
         self._chosen = [v.numpy() for v in self.model.trainable_variables]
+        self._waited = state.best_epoch or state.epoch
         return state
 
     def refit(self, cut: str) -> None:
@@ -275,12 +288,13 @@ class _Retrieval:
             warmup=batches.steps_per_epoch // 2,
             peak=REFIT_RATE * self.config.learning_rate,
             averaged=False,
+            waited=self._waited,
         )
 
     def write(self, folder: Path, cut: str) -> None:
         """Writes weights and vectors of a cut."""
         (folder / cut).mkdir()
-        tf.train.Checkpoint(model=self.model).write(str(folder / cut / "weights"))
+        save(folder / cut / WEIGHTS, difference(self.model))
         if self.tokens is not None:
             np.save(folder / cut / "text.npy", self._text())
         np.save(folder / cut / "vectors.npy", self.vectors())
@@ -293,6 +307,22 @@ class _Retrieval:
         )
         vectors[0] = 0
         return vectors
+
+    def weights(self) -> dict[str, int]:
+        """How many weights move, and how many there are; of the model and of its BERT."""
+        text = 0 if self.encoder is None else count(named_variables(self.encoder).values())
+        frozen = text if self.model.encoder is None else 0
+        moving = [] if self.model.encoder is None else self.model.encoder.trainable_variables
+        return {
+            "weights": count(self.model.trainable_variables),
+            "weights_total": count(named_variables(self.model).values()) + frozen,
+            "text_weights_trained": count(moving),
+            "text_weights_total": text,
+        }
+
+    def _text_encoder(self) -> TextEncoder:
+        assert self.encoder is not None
+        return self.encoder
 
     def _text(self) -> Floats:
         if self.model.encoder is None:
@@ -326,7 +356,7 @@ class _Retrieval:
 
     def _validate(self) -> Metrics:
         """Full ranking of the validation events, from the training events."""
-        engine = TensorFlowEngine(self.model, None, self.job.adapt)
+        engine = TensorFlowEngine(self.model, None, self._text_encoder)
         recommender = _recommender(
             self.job.dataset, engine, self.vectors(), self.text, self.profile
         )
@@ -374,7 +404,7 @@ def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
     tasks = _tasks(job.dataset)
     ranker, sizes, state = _train_ranker(job, base, tasks)
     policy, found = _choose_policy(job, base, tasks)
-    tf.train.Checkpoint(model=ranker).write(str(folder / "weights"))
+    save(folder / WEIGHTS, named_variables(ranker))
     told = {
         "candidates": policy.candidates,
         "history": policy.history,
@@ -456,7 +486,7 @@ def _train_ranker(
         ranker = Ranker(config, num_scalars=len(SCALARS), tasks=tasks, **sizes)
     ranker.adapt_scalars(batches.sample_scalars())
     assert isinstance(base.engine, TensorFlowEngine)
-    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, job.adapt)
+    base.engine = TensorFlowEngine(base.engine.two_tower, ranker, base.engine.load_text)
     state = Trainer(ranker, config, job.placement).fit(
         batches,
         work_dir=job.work / "select",
