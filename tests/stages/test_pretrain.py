@@ -1,6 +1,7 @@
 """pretrain and adapt --from: an encoder complete on disk, and what starts from it."""
 
 import json
+import re
 import shutil
 
 import checkerboard as board
@@ -128,8 +129,9 @@ class TestAdapting:
         """Other ids, other users: blocks and text are taken over, ids are not."""
         files = board.write(tmp_path / "files", items=16, users=12)
         for name in ("events.csv", "items.csv"):
-            text = (files / name).read_text()
-            (files / name).write_text(text.replace(",i", ",x").replace("\ni", "\nx"))
+            header, *lines = (files / name).read_text().splitlines()
+            lines = [re.sub(r"\b[i](\d+)\b", r"x\1", line) for line in lines]
+            (files / name).write_text("\n".join([header, *lines]) + "\n")
         given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
         here = config(folder, *given, f"adapt.encoder={finished / 'pretrain'}")
         out = tmp_path / "run"
@@ -203,7 +205,7 @@ class TestWhatTheDataCannotSupport:
             pretrain.run(bad, copy(finished, tmp_path))
 
     def test_single_events(self, folder, tmp_path):
-        files = board.write(tmp_path / "files", items=2)
+        files = board.write(tmp_path / "files", items=10)
         given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
         bad = config(folder, *given, objectives="{contrastive = 1.0}")
         prepare.run(bad, tmp_path / "run")
