@@ -25,7 +25,8 @@ from tfrec.errors import ConfigError, InputError
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
 
-_CHUNK = 4096  # texts tokenised at once: a bound on memory
+_CHUNK = 4096  # texts tokenised at once, and
+_CHARACTERS = 1 << 20  # characters, or the text that crosses this: bounds on memory
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,14 @@ def _spans(encoding: Encoding) -> list[tuple[int, int, int]]:
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
+    characters = 0
     for text in texts:
+        characters += len(text)
         # A lone surrogate is no character and cannot be written as UTF-8.
         chunk.append(text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8"))
-        if len(chunk) == _CHUNK:
+        if len(chunk) == _CHUNK or characters > _CHARACTERS:
             yield chunk
-            chunk = []
+            chunk, characters = [], 0
     if chunk:
         yield chunk
 
