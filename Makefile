@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
 
-.PHONY: help setup setup-train demo test check docs bench bench-train clean
+.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench: $(DEV) ## measure everything that docs/benchmarks quotes (hours on two co
 
 bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an environment of its own)
 	$(BIN)/python benchmarks/train_throughput.py $(BENCH)
+
+bench-pretrain: $(TRAIN) ## encoding of texts beside a plain tf.function
+	$(BIN)/python benchmarks/encode.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 

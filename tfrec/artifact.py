@@ -142,7 +142,7 @@ def writing(
     """
     final = Path(path)
     partial = final.with_name(f".{final.name}.partial")
-    with _disk_errors(final):
+    with disk_errors(final):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -229,7 +229,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
-    with _disk_errors(target):
+    with disk_errors(target):
         with open(partial, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
             stream.flush()
@@ -341,7 +341,8 @@ def _put_back(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full or unwritable disk into a SetupError that names ``path``."""
     try:
         yield
     except OSError as error:

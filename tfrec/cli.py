@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _add_stages(verbs)
     _add_merge(verbs)
     _add_recommend(verbs)
+    _add_encode(verbs)
     _add_data(verbs)
     _add_looks(verbs)
     return root
@@ -458,6 +459,95 @@ def _filter(text: str) -> tuple[str, str]:
     if not equals or not column.strip():
         raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE")
     return column.strip(), value.strip()
+
+
+# --- encode --------------------------------------------------------------------------------------
+
+
+def _add_encode(verbs: Verbs) -> None:
+    verb = verbs.add_parser(
+        "encode",
+        help="write vectors of items, users or texts to a Parquet file",
+        description="Write vectors of items, users or texts to a Parquet file, for other systems. "
+        "The same command goes on after an interrupt.",
+        epilog=_examples(
+            ("candidate vectors", "tfrec encode saved_models/movielens-100k --what items"),
+            (
+                "query vectors of the users, from their histories",
+                "tfrec encode saved_models/movielens-100k --what users --out users.parquet",
+            ),
+            (
+                "what the BERT makes of the texts of any file",
+                "tfrec encode saved_models/movielens-100k --what texts --texts reviews.csv "
+                "--column body",
+            ),
+        )
+        + "\nthe columns, the metadata, texts that are empty: docs/encode.md",
+    )
+    verb.set_defaults(handler=_encode)
+    verb.add_argument(
+        "folder", metavar="DIR", type=Path, help="the run's folder, or its adapt/retrieval"
+    )
+    verb.add_argument(
+        "--what", required=True, choices=("items", "users", "texts"), help="what gets a vector"
+    )
+    verb.add_argument(
+        "--space",
+        choices=("towers", "text"),
+        help="towers: whose inner product is the score of retrieval (items and users); "
+        "text: the BERT's vectors",
+    )
+    verb.add_argument(
+        "--cut",
+        choices=("final", "test", "select"),
+        default="final",
+        help="which of the run's weights (final: trained on every event)",
+    )
+    texts = verb.add_argument_group("texts")
+    texts.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="a .csv, .tsv, .jsonl, .parquet or .txt file (a text on each line), also with .gz",
+    )
+    texts.add_argument("--column", metavar="NAME", default="text", help="its texts (text)")
+    texts.add_argument(
+        "--id", metavar="NAME", help="its ids (item_id, user_id or id, where there is one)"
+    )
+    texts.add_argument(
+        "--role",
+        choices=("passage", "query"),
+        default="passage",
+        help="whether they are looked for (passage) or what looks (query), for models that ask",
+    )
+    where = verb.add_argument_group("where to")
+    where.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a file named .parquet (in the folder encode of the run)",
+    )
+    where.add_argument(
+        "--force", action="store_true", help="replace a file that holds other things"
+    )
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from tfrec.stages import encode
+
+    made = encode.run(
+        arguments.folder,
+        arguments.what,
+        texts=arguments.texts,
+        column=arguments.column,
+        id_column=arguments.id,
+        space=arguments.space,
+        role=arguments.role,
+        cut=arguments.cut,
+        out=arguments.out,
+        force=arguments.force,
+    )
+    return _made(made)
 
 
 # --- data ----------------------------------------------------------------------------------------

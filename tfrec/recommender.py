@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tfrec.data.catalog import Catalog, Users
 from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
+from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
 from tfrec.index import ExactIndex, Index, Ragged, TopK, make_index, top_k
 
@@ -34,6 +35,9 @@ class Engine(Protocol):
 
     def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
         """float32 (n, text width), vectors of texts; of a seeker's words if ``query``."""
+
+    def coverage(self, texts: Sequence[str]) -> Coverage:
+        """How well the text model's vocabulary fits texts."""
 
     def encode_candidate(self, text: Floats, attributes: Floats, rows: Rows) -> Floats:
         """float32 (n, d), candidate vectors; row 0 for items the model was not trained on."""
@@ -493,6 +497,7 @@ class Recommender:
     def _encoded(self, texts: Sequence[str]) -> Floats:
         """float32 (n, text width), vectors of what seekers say; zeros where that is nothing."""
         out = np.zeros((len(texts), self.text.shape[1]), np.float32)
+        texts = [text.strip() for text in texts]
         distinct = list(dict.fromkeys(text for text in texts if text))
         if distinct and self.text.shape[1]:
             vector_of = dict(

@@ -92,6 +92,20 @@ def test_a_profile_alone_is_answered_by_text(ask, capsys):
     assert "1 rest on profile text" in capsys.readouterr().err
 
 
+def test_a_long_profile_is_read_from_its_start_and_that_is_said(ask, capsys):
+    start = f"{board.TITLES[1]} 5 " * 10
+    rows = ask(profile=start + "war " * 25_000, k=3)
+    assert "--profile is long" in capsys.readouterr().err
+    assert items_of(rows) == items_of(ask(profile=start, k=3))
+
+
+def test_a_profile_of_some_unknown_words_is_answered_and_that_is_said(ask, capsys):
+    assert len(ask(profile="我需要一套优雅的商务西装 love", k=3)) == 3
+    said = capsys.readouterr().err
+    assert "75% of its characters are outside the vocabulary" in said
+    assert "multilingual-e5-small" in said
+
+
 def test_a_stranger_is_answered_by_popularity_and_it_is_said(ask, capsys):
     ask(user_ids=["u1", "nobody"], k=3)
     assert capsys.readouterr().err == (
@@ -138,6 +152,10 @@ def test_unknown_items_are_said_and_left_out(ask, capsys):
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
+        ({"profile": ""}, "--profile is empty"),
+        ({"user_ids": ["u1"], "profile": " \n"}, "--profile is empty"),
+        ({"profile": "我需要西装"}, "knows no word of '我需要西装'.*multilingual-e5-small"),
+        ({"profile": "\u200b\x00"}, "knows no word of"),
         ({"user_ids": ["u1"], "include": ["nix"]}, "'nix'"),
         ({"user_ids": ["u1"], "filters": {"hue": ["red"]}}, "no attribute 'hue'.*shade"),
     ],

@@ -107,12 +107,12 @@ def read_events(reader: Reader, names: Mapping[str, str], unit: str = "auto") ->
     collected = _Collected(unit)
     for batch in reader.batches(list(dict.fromkeys(wanted.values()))):
         for ours, theirs in wanted.items():
-            with _located(reader, theirs, collected.rows):
+            with located(reader, theirs, collected.rows):
                 collected.add(ours, batch.column(theirs))
         collected.rows += batch.num_rows
     if not collected.rows:
         raise InputError(f"{reader.name} is empty: it has no rows")
-    with _located(reader, wanted["timestamp"], 0):
+    with located(reader, wanted["timestamp"], 0):
         return collected.events()
 
 
@@ -198,7 +198,7 @@ def read_table(
     rows = 0
     for batch in reader.batches(reader.columns):
         for name in reader.columns:
-            with _located(reader, name, rows):
+            with located(reader, name, rows):
                 cells[name].extend(strings(batch.column(name), separator).to_pylist())
         rows += batch.num_rows
     if not rows:
@@ -236,7 +236,8 @@ def _column(reader: Reader, ours: str, names: Mapping[str, str], needed: bool = 
 
 
 @contextmanager
-def _located(reader: Reader, column: str, rows_before: int) -> Iterator[None]:
+def located(reader: Reader, column: str, rows_before: int) -> Iterator[None]:
+    """Turns a :class:`~tfrec.data.columns.BadCell` into an InputError that names file and row."""
     try:
         yield
     except BadCell as bad:

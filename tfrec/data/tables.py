@@ -1,4 +1,4 @@
-"""Tables to read: CSV, TSV, JSON lines and Parquet files, gzip too, and columns in memory.
+"""Tables to read: CSV, TSV, JSON lines, Parquet and text files, gzip too, and columns in memory.
 
 All are read in batches through pyarrow, so a file may be larger than memory. Where pyarrow gives
 up, the file is walked through once more, line by line, to name the line at fault.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from tfrec.errors import InputError
 
-FORMATS = ("csv", "tsv", "parquet", "jsonl")
+FORMATS = ("csv", "tsv", "parquet", "jsonl", "txt")
 
 _ENDINGS = {
     ".csv": "csv",
@@ -37,9 +37,11 @@ _ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".txt": "txt",
 }
 _BLOCK = 16 << 20
 _SNIFFED_LINES = 1000
+_LINES = 1 << 14
 
 
 class Reader(ABC):
@@ -70,7 +72,8 @@ def open_table(path: str | Path, setting: str) -> Reader:
     """Opens a table by the ending of its name.
 
     Args:
-      path: File named ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``, each also with ``.gz``.
+      path: File named ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet`` or ``.txt`` (one column
+        ``text``, a row for each line), each also with ``.gz``.
       setting: The configuration key that named it, for messages.
 
     Raises:
@@ -92,6 +95,8 @@ def open_table(path: str | Path, setting: str) -> Reader:
         raise InputError(f"{file} ({setting}) is empty")
     if kind == "parquet":
         return _ParquetFile(file)
+    if kind == "txt":
+        return _LinesFile(file)
     return _JsonFile(file) if kind == "jsonl" else _DelimitedFile(file, kind)
 
 
@@ -260,6 +265,26 @@ def _mixed_batch(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pa.Re
     return pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
+class _LinesFile(Reader):
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = str(path), path
+        self.columns = ("text",)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        held: list[str] = []
+        with _damage(self._path), _text(self._path) as stream:
+            for line in stream:
+                held.append(line.rstrip("\r\n"))
+                if len(held) == _LINES:
+                    yield pa.RecordBatch.from_arrays([pa.array(held)] * len(columns), list(columns))
+                    held = []
+        if held:
+            yield pa.RecordBatch.from_arrays([pa.array(held)] * len(columns), list(columns))
+
+    def where(self, row: int) -> str:
+        return f"line {row + 1}"
+
+
 class _ParquetFile(Reader):
     def __init__(self, path: Path) -> None:
         self.name, self._path = str(path), path
@@ -271,7 +296,7 @@ class _ParquetFile(Reader):
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with self._opened() as file:
-            yield from file.iter_batches(batch_size=1 << 19, columns=list(columns))
+            yield from file.iter_batches(batch_size=1 << 16, columns=list(columns))
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:

@@ -25,7 +25,8 @@ from tfrec.errors import ConfigError, InputError
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
 
-_CHUNK = 4096  # texts tokenised at once: a bound on memory
+_CHUNK = 4096  # texts tokenised at once, and
+_CHARACTERS = 1 << 20  # characters, or the text that crosses this: bounds on memory
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Coverage:
       unknown: Share of the characters, spaces not counted, that are outside the vocabulary.
         Characters are counted, not tokens: a word of unknown characters is one token.
       characters_per_token: About 4 in a language that the tokenizer knows; near 1 where it knows
-        only the letters.
+        only the letters; 0 where the texts hold no token.
+      cut: Texts that have more than ``length`` tokens; of these only the start was looked at.
     """
 
     unknown: float
     characters_per_token: float
+    cut: int = 0
 
 
 class TextTokenizer:
@@ -114,7 +117,7 @@ class TextTokenizer:
 
     def coverage(self, texts: Iterable[str]) -> Coverage:
         """How well the vocabulary fits the texts."""
-        characters = unknown = tokens = 0
+        characters = unknown = tokens = cut = 0
         for chunk in _chunks(texts):
             for text, found in zip(chunk, self._tokenizer.encode_batch(chunk), strict=True):
                 spans = _spans(found)
@@ -123,7 +126,8 @@ class TextTokenizer:
                 characters += sum(not c.isspace() for c in text[:end])
                 unknown += sum(b - a for token, a, b in spans if token in self._unknown_ids)
                 tokens += len(spans)
-        return Coverage(unknown / max(characters, 1), characters / max(tokens, 1))
+                cut += bool(found.overflowing)
+        return Coverage(unknown / max(characters, 1), characters / max(tokens, 1), cut)
 
     @functools.cached_property
     def _unknown_ids(self) -> frozenset[int]:
@@ -165,12 +169,14 @@ def _spans(encoding: Encoding) -> list[tuple[int, int, int]]:
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
+    characters = 0
     for text in texts:
+        characters += len(text)
         # A lone surrogate is no character and cannot be written as UTF-8.
         chunk.append(text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8"))
-        if len(chunk) == _CHUNK:
+        if len(chunk) == _CHUNK or characters > _CHARACTERS:
             yield chunk
-            chunk = []
+            chunk, characters = [], 0
     if chunk:
         yield chunk
 

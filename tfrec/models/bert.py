@@ -49,6 +49,9 @@ def load_backbone(folder: Path, dtype: str | None = "float32") -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"the BERT in {folder} cannot be loaded: {reason}") from None
     backbone.pooled_dense.trainable = False
+    for layer in backbone.transformer_layers:
+        _multiply_once(layer._feedforward_intermediate_dense)
+        _multiply_once(layer._feedforward_output_dense)
     if hugging_face:
         _adjust(backbone, config)
     return backbone
@@ -115,6 +118,22 @@ def _adjust(backbone: Any, config: Mapping[str, Any]) -> None:
         layer._feedforward_layer_norm.epsilon = epsilon
         if activation is not None:
             layer._feedforward_intermediate_dense.activation = activation
+
+
+def _multiply_once(dense: Any) -> None:
+    """Makes a Dense see the tokens of all texts as one matrix, which gives the same numbers.
+
+    As Keras 3 calls it, TensorFlow multiplies text by text, and oneDNN fuses neither the bias nor
+    the activation into that.
+    """
+    plain = dense.call
+
+    def call(inputs: Any, training: bool | None = None) -> Any:
+        tokens = keras3.ops.reshape(inputs, (-1, inputs.shape[-1]))
+        shape = (*keras3.ops.shape(inputs)[:-1], dense.units)
+        return keras3.ops.reshape(plain(tokens, training=training), shape)
+
+    dense.call = call
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tfrec.config import AdaptConfig, RankingConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories
+from tfrec.data.tokens import Coverage
 from tfrec.errors import ArtifactError
 from tfrec.models.encoder import KIND, PretrainedEncoder, base_folder
 from tfrec.models.keras_bridge import tf
@@ -99,7 +100,8 @@ class TensorFlowEngine:
         self._rank = tf.function(self._ranked, reduce_retracing=True) if ranker else None
 
     @functools.cached_property
-    def _encoder(self) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
+        """The BERT, loaded when first asked for."""
         if self.two_tower.encoder is not None:
             encoder: TextEncoder = self.two_tower.encoder
             return encoder
@@ -107,7 +109,11 @@ class TensorFlowEngine:
 
     def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
         """See :class:`tfrec.recommender.Engine`."""
-        return self._encoder.encode(texts, role="query" if query else "passage")
+        return self.text_encoder.encode(texts, role="query" if query else "passage")
+
+    def coverage(self, texts: Sequence[str]) -> Coverage:
+        """See :class:`tfrec.recommender.Engine`."""
+        return self.text_encoder.tokenizer.coverage(texts)
 
     def encode_candidate(self, text: Floats, attributes: Floats, rows: Rows) -> Floats:
         """See :class:`tfrec.recommender.Engine`."""

@@ -29,7 +29,8 @@ from tfrec.models.text_cache import TextCache
 
 Role = Literal["", "query", "passage"]
 
-_WINDOW = 65_536  # texts that are sorted by length together: a bound on memory
+_WINDOW = 8192  # texts tokenised together: a bound on memory
+_KEPT = 2048  # texts that the cache takes in at once: what an interrupt costs at most
 _MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -255,18 +256,21 @@ class TextEncoder(Hosted):
           progress: Whether to show a progress bar.
 
         Returns:
-          float32 (n, width), in the order of ``texts``.
+          float32 (n, width), in the order of ``texts``. Beside them and the texts, memory does not
+          grow with n.
         """
         place: dict[str, int] = {}
         index = np.fromiter((place.setdefault(t, len(place)) for t in texts), np.int64, len(texts))
         distinct = self._prepared(place, role)
+        order = _long_first(distinct)
         out = np.empty((len(distinct), self.width), np.float32)
-        with tqdm(total=len(distinct), desc="encoding texts", disable=not progress) as bar:
+        with _bar(len(distinct), progress) as bar:
             for start in range(0, len(distinct), _WINDOW):
-                rows = list(self.tokenizer.ids(distinct[start : start + _WINDOW]))
+                window = order[start : start + _WINDOW]
+                rows = list(self.tokenizer.ids(distinct[place] for place in window))
                 for batch in _batches(rows, tokens_per_batch):
                     ids, mask = padded([rows[row] for row in batch])
-                    out[start + batch] = self._compiled(ids, mask).numpy()
+                    out[window[batch]] = self._compiled(ids, mask).numpy()
                     bar.update(len(batch))
         return out[index]
 
@@ -279,6 +283,8 @@ class TextEncoder(Hosted):
         progress: bool = False,
     ) -> NDArray[np.float32]:
         """:meth:`encode` that keeps vectors in a folder and encodes only texts new to it.
+
+        The vectors are kept as they come, so that after an interrupt the same call continues.
 
         Args:
           texts: n texts.
@@ -296,13 +302,19 @@ class TextEncoder(Hosted):
         prompted = [self.settings.prompt(role) + text for text in texts]
         cache = TextCache(folder or cache_folder() / "texts", self._maker(), self.width)
         vectors, found = cache.get(prompted)
-        missing = list(dict.fromkeys(prompted[row] for row in np.flatnonzero(~found)))
-        if missing:
-            new = self.encode(missing, progress=progress)
-            cache.add(missing, new)
-            place = {text: row for row, text in enumerate(missing)}
-            for row in np.flatnonzero(~found):
-                vectors[row] = new[place[prompted[row]]]
+        rows_of: dict[str, list[int]] = {}
+        for row in np.flatnonzero(~found).tolist():
+            rows_of.setdefault(prompted[row], []).append(row)
+        missing = list(rows_of)
+        order = _long_first(missing)
+        with _bar(len(missing), progress and bool(missing)) as bar:
+            for start in range(0, len(missing), _KEPT):
+                block = [missing[place] for place in order[start : start + _KEPT]]
+                new = self.encode(block)
+                cache.add(block, new)
+                for text, vector in zip(block, new, strict=True):
+                    vectors[rows_of[text]] = vector
+                bar.update(len(block))
         return vectors
 
     def digest(self) -> str:
@@ -359,6 +371,16 @@ def _pool(hidden: Any, padding_mask: Any, mode: str) -> Any:
     if mode == "max":
         return tf.reduce_max(tf.where(mask > 0, hidden, hidden.dtype.min), 1)
     return tf.reduce_sum(hidden * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1e-9)
+
+
+def _bar(total: int, progress: bool) -> Any:
+    return tqdm(total=total, desc="encoding texts", disable=not progress)
+
+
+def _long_first(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Places of the texts by number of characters, which goes with that of tokens."""
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return np.argsort(-lengths, kind="stable")
 
 
 def _batches(rows: Sequence[Sequence[int]], tokens_per_batch: int) -> Iterator[NDArray[np.int64]]:

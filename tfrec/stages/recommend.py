@@ -60,13 +60,18 @@ def run(
     Raises:
       ArtifactError: the run is missing or unfinished.
       ConfigError: what the run was told cannot be read.
-      InputError: k is below 1, the users file cannot be read, or a filter names no attribute.
+      InputError: k is below 1, the users file cannot be read, a filter names no attribute, or the
+        profile is empty or holds no word that the text model knows.
     """
+    if profile is not None and not profile.strip():
+        raise InputError("--profile is empty: say what the person likes, or leave it out")
     users = list(user_ids or ())
     if users_file is not None:
         users += read_table(open_table(users_file, "--users"), "user_id", {}).ids
     told = _told(Path(folder))
     recommender = load_recommender(folder)
+    if profile is not None:
+        _check_profile(recommender, profile)
     requests = [
         Request(
             user_id=user,
@@ -123,6 +128,28 @@ def _check_ids(recommender: Recommender, request: Request) -> None:
     unknown = [i for i in request.include if not recommender.catalog.row(i)]
     if unknown:
         raise InputError(f"--include names the item '{unknown[0]}', which is not in the catalog")
+
+
+def _check_profile(recommender: Recommender, profile: str) -> None:
+    """A profile of which nothing can be read is an error; what is lost of others is said."""
+    if not recommender.text.shape[1]:
+        print("tfrec: --profile: this run reads no texts (adapt.text); left out", file=sys.stderr)
+        return
+    cover = recommender.engine.coverage([profile])
+    if cover.unknown >= 1 or not cover.characters_per_token:
+        raise InputError(
+            f"--profile: the text model of this run knows no word of '{profile.strip()[:40]}'; say "
+            "it in a language that the model reads, or train with "
+            'adapt.text = "multilingual-e5-small"'
+        )
+    if cover.unknown > 0.5:
+        print(
+            f"tfrec: --profile: {cover.unknown:.0%} of its characters are outside the vocabulary "
+            'of the text model; adapt.text = "multilingual-e5-small" reads about 100 languages',
+            file=sys.stderr,
+        )
+    if cover.cut:
+        print("tfrec: --profile is long: its first adapt.text_length tokens count", file=sys.stderr)
 
 
 def _csv(requests: Sequence[Request], answers: Sequence[Sequence[Recommended]]) -> str:
