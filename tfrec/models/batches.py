@@ -27,6 +27,8 @@ class SampledItems:
       positions: Places of each row that are trained in a step.
       negatives: Uniform negatives of a global batch.
       num_items: Items of the catalog, the unknown one not counted.
+      known: int32 (k,), catalog rows that negatives are drawn from: those with training events.
+        None: all.
       tokens: int32 (num_items + 1, tokens) of every item's text, or None where text is frozen.
       token_mask: int32, same shape, 1 where there is a token.
     """
@@ -36,6 +38,7 @@ class SampledItems:
     num_items: int
     tokens: NDArray[np.int32] | None = None
     token_mask: NDArray[np.int32] | None = None
+    known: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,8 @@ class TrainingBatches:
     def _items(
         sampled: SampledItems, shape: int | tuple[int, ...], generator: np.random.Generator
     ) -> NDArray[np.int32]:
+        if sampled.known is not None:
+            return sampled.known[generator.integers(len(sampled.known), size=shape)]
         return generator.integers(1, sampled.num_items + 1, shape, dtype=np.int32)
 
 

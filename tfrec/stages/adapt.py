@@ -267,16 +267,25 @@ class _Retrieval:
         tf.train.Checkpoint(model=self.model).write(str(folder / cut / "weights"))
         if self.tokens is not None:
             np.save(folder / cut / "text.npy", self._text())
-        np.save(folder / cut / "vectors.npy", self.vectors())
+        np.save(folder / cut / "vectors.npy", self.vectors(cut))
 
-    def vectors(self) -> Floats:
-        """float32 (n + 1, d), the catalog's candidate vectors; row 0 is zero."""
+    def vectors(self, cut: str) -> Floats:
+        """float32 (n + 1, d), the catalog's candidate vectors; row 0 is zero.
+
+        Items that no event of the cut is of do without an id: theirs has learned nothing.
+        """
         features = self.job.dataset.catalog.features
-        vectors = self.model.encode_candidate(
-            self._text(), features, np.arange(len(features), dtype=np.int32)
-        )
+        rows = np.arange(len(features), dtype=np.int32) * self._known(cut)
+        vectors = self.model.encode_candidate(self._text(), features, rows)
         vectors[0] = 0
         return vectors
+
+    def _known(self, cut: str) -> NDArray[np.bool_]:
+        """bool (n + 1,): the items that the events of a cut are of."""
+        known = np.zeros(len(self.job.dataset.catalog), bool)
+        known[cut_of(self.job.dataset.interactions, cut).item] = True
+        known[0] = False
+        return known
 
     def _text(self) -> Floats:
         if self.model.encoder is None:
@@ -287,13 +296,18 @@ class _Retrieval:
         dataset, config = self.job.dataset, self.config
         events = cut_of(dataset.interactions, cut)
         histories = Histories.of(events, self.model.coding)
+        known = self._known(cut)
+        self.model.learn_from(known)
         sampled = None
         if not self.model.full_softmax:
+            tokens, mask = self.tokens or (None, None)
             sampled = SampledItems(
                 config.positions,
                 config.uniform_negatives,
                 dataset.catalog.num_items,
-                *(self.tokens or (None, None)),
+                tokens,
+                mask,
+                np.flatnonzero(known).astype(np.int32),
             )
         rows = PackedSequences(histories, events.weight, config.history, self.job.config.seed)
         if not self.batch_size:
@@ -312,10 +326,15 @@ class _Retrieval:
         """Full ranking of the validation events, from the training events."""
         engine = TensorFlowEngine(self.model, None, self.job.adapt)
         recommender = _recommender(
-            self.job.dataset, engine, self.vectors(), self.text, self.profile
+            self.job.dataset, engine, self.vectors("select"), self.text, self.profile
         )
         users, targets, offsets, times = held_out(self.job.dataset)
-        lists = recommender.lists(recommender.interactions, users, 10, True, times)["retrieval"]
+        cold = np.flatnonzero(~self._known("select")).astype(np.int32)
+        # Where every target is a cold item, what tells one such item from another is judged.
+        among = cold[1:] if np.isin(targets, cold).all() else None
+        lists = recommender.lists(
+            recommender.interactions, users, 10, request_time=times, among=among
+        )["retrieval"]
         found = metrics.ranking(lists.ids, targets, offsets, [10])
         return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
 
