@@ -278,6 +278,9 @@ class EvaluateConfig(Section):
     )
     bootstrap: int = Field(1000, ge=0, description="resamples behind the intervals; 0: none")
     exclude_history: bool = Field(True, description="items of the history are not recommended")
+    by_events: int = Field(
+        1000, ge=0, description="users, at most, of the curve by number of events; 0: no curve"
+    )
     examples: int = Field(3, ge=0, description="users shown with titles in the report")
 
     @field_validator("k")
