@@ -174,6 +174,12 @@ class RetrievalConfig(TrainingConfig):
     id_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of item ids left out in a step, so that text must do"
     )
+    text_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each item text's vector left out in a step; for items without events",
+    )
     time_gaps: bool = Field(True, description="the query tower reads the time between events")
     events: bool = Field(True, description="the query tower reads event types and ratings")
     request_time: bool = Field(False, description="the time of the request is an input")

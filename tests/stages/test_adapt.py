@@ -423,3 +423,23 @@ def test_ranking_without_retrieval_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="retrieval"):
         adapt.run(tiny, tmp_path / "run", "ranking")
     assert not (tmp_path / "run" / "adapt").exists()
+
+
+def test_a_new_user_is_judged_by_the_second_half_of_his_events():
+    split = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2], np.int8)
+    user = np.array([0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3], np.int32)
+    n = len(user)
+    events = Interactions(
+        user=user,
+        item=np.arange(1, n + 1, dtype=np.int32),
+        timestamp=np.arange(n, dtype=np.int64),
+        event=np.zeros(n, np.int8),
+        rating=np.ones(n, np.float32),
+        weight=np.ones(n, np.float32),
+        split=split,
+        num_users=4,
+    )
+    history, wanted = adapt._judged(events)
+    assert history.item.tolist() == [1, 2, 4, 5]
+    assert wanted.item.tolist() == [3, 6, 7, 8, 9]
+    assert split.tolist() == events.split.tolist()

@@ -69,7 +69,12 @@ class TwoTower(TaskModel):
             name="query_tower",
         )
         self.candidate_tower = CandidateTower(
-            config.embedding_dim, rows, config.item_ids, config.id_dropout, name="candidate_tower"
+            config.embedding_dim,
+            rows,
+            config.item_ids,
+            config.id_dropout,
+            config.text_dropout,
+            name="candidate_tower",
         )
         self.encoder = encoder
         self.widths = (profile_width, user_attributes_width)

@@ -24,7 +24,7 @@ from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.catalog import Table
 from tfrec.data.dataset import Dataset
-from tfrec.data.interactions import TEST, VALID
+from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.distribution import Placement, place
 from tfrec.errors import ConfigError, InputError, SetupError
@@ -323,19 +323,18 @@ class _Retrieval:
         )
 
     def _validate(self) -> Metrics:
-        """Full ranking of the validation events, from the training events."""
+        """Full ranking of the validation events, from those before; see :func:`_judged`."""
         engine = TensorFlowEngine(self.model, None, self.job.adapt)
         recommender = _recommender(
             self.job.dataset, engine, self.vectors("select"), self.text, self.profile
         )
-        users, targets, offsets, times = held_out(self.job.dataset)
+        history, wanted = _judged(self.job.dataset.interactions)
+        users, targets, offsets, times = _wanted(wanted)
         cold = np.flatnonzero(~self._known("select")).astype(np.int32)
         # Where every target is a cold item, what tells one such item from another is judged.
         among = cold[1:] if np.isin(targets, cold).all() else None
-        lists = recommender.lists(
-            recommender.interactions, users, 10, request_time=times, among=among
-        )["retrieval"]
-        found = metrics.ranking(lists.ids, targets, offsets, [10])
+        asked = recommender.lists(history, users, 10, request_time=times, among=among)
+        found = metrics.ranking(asked["retrieval"].ids, targets, offsets, [10])
         return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
 
 
@@ -350,11 +349,28 @@ def _batch_size(wanted: int, rows: PackedSequences, unit: int) -> int:
 
 def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
     """Users with validation events, those events' items, offsets of each user's, first times."""
-    valid = dataset.interactions.part(VALID)
-    counts = np.diff(valid.offsets)
+    return _wanted(dataset.interactions.part(VALID))
+
+
+def _wanted(events: Interactions) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
+    counts = np.diff(events.offsets)
     users = np.flatnonzero(counts).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
-    return users, valid.item, offsets, valid.timestamp[valid.offsets[:-1][users]]
+    return users, events.item, offsets, events.timestamp[events.offsets[:-1][users]]
+
+
+def _judged(events: Interactions) -> tuple[Interactions, Interactions]:
+    """What an epoch is judged on: the events that are known, and those to be foreseen.
+
+    A user without a training event is given the first half of his validation events: without any
+    he would be answered by words or popularity, which no training changes.
+    """
+    known, valid = events.split == TRAIN, events.split == VALID
+    part = events.part(VALID)
+    place = np.arange(len(part)) - part.offsets[part.user]
+    new = np.diff(events.part(TRAIN).offsets)[part.user] == 0
+    known[np.flatnonzero(valid)] |= new & (2 * (place + 1) <= np.diff(part.offsets)[part.user])
+    return events.select(known), events.select(valid & ~known)
 
 
 def _recommender(
