@@ -17,7 +17,8 @@ and recall@20 and NDCG@20 are averaged over these users, by the same functions f
   dropoutnet      Volkovs et al. 2017 without a BERT: factors of ALS and TF-IDF of the text through
                   two towers of tf_keras, factors left out at random
   popularity      nothing here: no test item has an event
-  two-tower       ours, by `tfrec adapt --task retrieval`
+  two-tower       ours, by `tfrec adapt --task retrieval`; and "with text": its score with the
+                  likeness of text added (`adapt.ranking.score`), weighed on validation
 
 Each row with the text "title, genres", and with DBpedia's abstract after it if --abstracts names a
 JSON file of them (item id -> text). A row's result is a file in --out, and what is there is not
@@ -52,7 +53,15 @@ from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.index import Ragged, top_k
 
 K = 20
-OURS = ("adapt.retrieval.item_ids=false",)
+OURS = (
+    "adapt.retrieval.id_dropout=0.5",
+    "adapt.retrieval.text_dropout=0.5",
+    "adapt.retrieval.batch_size=32",
+    "adapt.retrieval.epochs=12",
+    "adapt.retrieval.validate_every=1",
+    "adapt.retrieval.patience=2",
+    "adapt.refit_epochs=1",
+)
 PEERS = ("text cosine", "attribute knn", "dropoutnet")
 
 Scores = Callable[[np.ndarray], np.ndarray]  # int32 (b,) users -> float32 (b, n + 1)
@@ -279,20 +288,54 @@ def dropoutnet(valid: Round, test: Round, seed: int, epochs: int) -> tuple[dict[
 # --- ours ---
 
 
-def two_tower(config: Config, out: Path, part: int) -> Scores:
+def two_tower(folder: Path, cut: str) -> Callable[[float], Scores]:
+    """Scores of the trained model with a weight of the likeness of text, the chain's own part."""
     from tfrec.models.engine import load_recommender
+    from tfrec.recommender import Policy
+
+    recommender = load_recommender(folder, cut)
+    policy = Policy(history=50, text_decay=1.0)
+
+    def weighed(weight: float) -> Scores:
+        def scores(users: np.ndarray) -> np.ndarray:
+            asked = recommender.who(recommender.interactions, users)
+            found: np.ndarray = recommender.queries(asked) @ recommender.vectors.T
+            if weight:
+                alike = recommender.text_queries(asked, policy) @ recommender.text.T
+                found += weight * _spread(found) / _spread(alike) * alike
+            return found
+
+        return scores
+
+    return weighed
+
+
+def _spread(scores: np.ndarray) -> float:
+    """Median over users of the standard deviation of a user's scores."""
+    return float(np.median(scores[:, 1:].std(axis=1)))
+
+
+def ours(config: Config, folder: Path, valid: Round, test: Round) -> dict[str, Any]:
     from tfrec.stages import adapt
 
-    adapt.run(config, out, "retrieval")
-    cut = "select" if part == VALID else "test"
-    recommender = load_recommender(out, cut)
-
-    def scores(users: np.ndarray) -> np.ndarray:
-        asked = recommender.who(recommender.interactions, users)
-        found: np.ndarray = recommender.queries(asked) @ recommender.vectors.T
-        return found
-
-    return scores
+    artifact = adapt.run(config, folder, "retrieval")
+    select = two_tower(folder, "select")
+    tried = [{"weight": w, **valid.judge(select(w))} for w in (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)]
+    best = max(tried, key=lambda one: one[f"ndcg@{K} (a)"])
+    out = {
+        "valid": tried[0],
+        "tried": tried,
+        "weight": best["weight"],
+        "valid with text": best,
+        "best_epoch": artifact.metrics["best_epoch"],
+        "train_seconds": artifact.metrics["train_seconds"],
+        "settings": config.adapt.retrieval.model_dump(mode="json"),
+    }
+    if config.adapt.refit:
+        final = two_tower(folder, "test")
+        out["test"] = test.judge(final(0.0))
+        out["test with text"] = test.judge(final(best["weight"]))
+    return out
 
 
 # --- rows ---
@@ -324,11 +367,7 @@ def row(name: str, config: Config, dataset: Dataset, folder: Path) -> dict[str, 
         return {"test": found, **told}
     if not (folder / "prepare").exists():
         dataset.save(folder / "prepare")
-    return {
-        "valid": valid.judge(two_tower(config, folder, VALID)),
-        "test": test.judge(two_tower(config, folder, TEST)) if config.adapt.refit else {},
-        "settings": config.adapt.retrieval.model_dump(mode="json"),
-    }
+    return ours(config, folder, valid, test)
 
 
 def parse() -> argparse.Namespace:
@@ -364,7 +403,7 @@ def main() -> int:
                     found |= {"row": name, "text": text, "seed": seed}
                     write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
                 found = json.loads(path.read_text("utf-8"))
-                for part in ("valid", "test"):
+                for part in ("valid", "valid with text", "test", "test with text"):
                     if found.get(part):
                         told = "  ".join(f"{k} {v:.4f}" for k, v in found[part].items() if "@" in k)
                         print(f"{seed} {text:<15} {name:<14} {part:<6}{told}", flush=True)

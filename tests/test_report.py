@@ -229,7 +229,7 @@ def test_sections_without_data_are_left_out(tree, tmp_path):
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Predictions of the ranker" not in page
     assert "Examples" not in page
-    assert "Little known" not in page
+    assert "Cold start" not in page
 
 
 def test_cold_items_are_shown_and_a_model_that_cannot_tell_them_apart_has_no_figure(page):

@@ -28,7 +28,7 @@ def page(tree: Tree) -> str:
         _section("Accuracy at every k", _figure(drawn, "by_k") + _every_k(tree)),
         _section("Beyond accuracy", _beyond(drawn)),
         _section("For whom, and for which items", _for_whom(tree, drawn)),
-        _section("Little known", _by_events(tree, drawn) + _cold_items(tree)),
+        _section("Cold start", _by_events(tree, drawn) + _cold_items(tree)),
         _section("Predictions of the ranker", _predictions(tree, drawn)),
         _section("Examples", _examples(tree)),
         _section("Training", _training(tree, drawn)),
