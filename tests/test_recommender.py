@@ -9,7 +9,7 @@ from toys import make_interactions, make_two_tower, small_config
 from tfrec.config import AdaptConfig
 from tfrec.data.catalog import Catalog, FeatureSchema, Users
 from tfrec.errors import InputError
-from tfrec.index import ExactIndex
+from tfrec.index import ExactIndex, Ragged
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.recommender import LinearItems, Policy, Recommender, Request
 
@@ -314,6 +314,26 @@ class TestLists:
         assert set(both) == {"retrieval", "ranking"}
         alone = plain.lists(plain.interactions, users, 3)["retrieval"]
         np.testing.assert_array_equal(both["retrieval"].ids, alone.ids)
+
+    def test_who_has_no_event_gets_in_a_list_what_recommend_answers_him(self, chain):
+        users = np.arange(6, dtype=np.int32)
+        lists = chain.lists(chain.interactions, users, 4)
+        expected = ask(chain, 4, user_id="u5")
+        for found in lists.values():
+            assert [chain.catalog.ids[i] for i in found.ids[5]] == expected
+        bare = chain.lists(chain.interactions, users, 4, profile=False)["ranking"]
+        popular = ask(chain, 4, user_id="nobody")
+        assert [chain.catalog.ids[i] for i in bare.ids[5]] == popular != expected
+
+    def test_they_can_be_of_some_items_alone_and_without_others(self, chain):
+        users = np.array([3, 0, 5], np.int32)
+        among = np.array([2, 4, 7, 9, 11], np.int32)
+        exclude = Ragged.of([[2], [], [4, 9]])
+        for found in chain.lists(
+            chain.interactions, users, 6, among=among, exclude=exclude
+        ).values():
+            sets = [set(row[row > 0].tolist()) for row in found.ids]
+            assert sets == [{4, 7, 9, 11}, {2, 4, 7, 9, 11}, {2, 7, 11}]
 
     def test_their_shape_is_fixed_and_missing_places_are_zero(self, chain):
         users = np.arange(6, dtype=np.int32)

@@ -104,6 +104,31 @@ def tree(rows):
         },
         "predictions_note": "a note",
         "popularity": {"history": [0.1] * 10, "targets": [0.1] * 10},
+        "by_events": {
+            "users": 3,
+            "targets": 4,
+            "k": 10,
+            "events": [0, 1, 2],
+            "lines": {
+                line: {m: [0.1, 0.2, 0.3] for m in ("ndcg@10", "hr@10", "recall@10")}
+                for line in ("both", "history", "profile")
+            },
+        },
+        "cold_items": {
+            "k": 20,
+            "items": 5,
+            "users": 3,
+            "chance": 1.0,
+            "models": [
+                {"key": "ease", "name": "EASE", "all": {"recall@20": 0.25, "ndcg@20": 0.125}},
+                {
+                    "key": "ranking",
+                    "name": "two-tower + ranker",
+                    "all": {"recall@20": 0.5, "ndcg@20": 0.375},
+                    "among": {"recall@20": 0.75, "ndcg@20": 0.625},
+                },
+            ],
+        },
         "learning": [
             {
                 "task": "retrieval",
@@ -166,7 +191,7 @@ def test_the_page_is_well_formed_and_has_its_figures(page):
     parsed = _Balanced()
     parsed.feed(page)
     assert parsed.open == []
-    assert parsed.tags.count("svg") == 8
+    assert parsed.tags.count("svg") == 9
 
 
 def test_texts_of_the_data_are_escaped(page):
@@ -199,10 +224,27 @@ def test_the_headline_is_the_last_model_even_where_another_did_better(tree, tmp_
 
 def test_sections_without_data_are_left_out(tree, tmp_path):
     bare = tree | {"predictions": {}, "examples": [], "learning": [], "ks": [10], "comparisons": []}
+    bare |= {"by_events": None, "cold_items": None}
     report.write(bare, tmp_path)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Predictions of the ranker" not in page
     assert "Examples" not in page
+    assert "Cold start" not in page
+
+
+def test_cold_items_are_shown_and_a_model_that_cannot_tell_them_apart_has_no_figure(page):
+    row = next(r for r in page.split("<tr") if "EASE" in r and "0.1250" in r)
+    assert row.count("–") == 2
+    row = next(r for r in page.split("<tr") if "0.6250" in r)
+    assert [f"{v:.4f}" in row for v in (0.75, 0.5, 0.375)] == [True] * 3
+
+
+def test_metrics_stand_by_tenth_of_the_targets_popularity(tree, page):
+    found = tree["models"][1]["segments"]["popularity"][0]
+    part = page.partition("Metrics by tenth of the items")[2].partition("</details>")[0]
+    assert f"{found['ndcg@10']:.4f}" in part
+    assert "NDCG@10" in part
+    assert "HR@10" in part
 
 
 def test_the_terminal_table_has_a_line_for_each_model_and_marks_the_best(tree):

@@ -186,6 +186,12 @@ class RetrievalConfig(TrainingConfig):
     id_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of item ids left out in a step, so that text must do"
     )
+    text_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each item text's vector left out in a step; for items without events",
+    )
     time_gaps: bool = Field(True, description="the query tower reads the time between events")
     events: bool = Field(True, description="the query tower reads event types and ratings")
     request_time: bool = Field(False, description="the time of the request is an input")
@@ -368,6 +374,9 @@ class EvaluateConfig(Section):
     )
     bootstrap: int = Field(1000, ge=0, description="resamples behind the intervals; 0: none")
     exclude_history: bool = Field(True, description="items of the history are not recommended")
+    by_events: int = Field(
+        1000, ge=0, description="users, at most, of the curve by number of events; 0: no curve"
+    )
     examples: int = Field(3, ge=0, description="users shown with titles in the report")
 
     @field_validator("k")

@@ -161,6 +161,12 @@ class Who:
         return Who(self.histories.take(index), self.profile[index], self.attributes[index], time)
 
     @property
+    def new(self) -> NDArray[np.bool_]:
+        """bool (b,): who has no event."""
+        none: NDArray[np.bool_] = np.diff(self.histories.offsets) == 0
+        return none
+
+    @property
     def seen(self) -> Ragged:
         """The items of their histories."""
         return Ragged(self.histories.offsets, self.histories.item)
@@ -272,8 +278,14 @@ class Recommender:
         k: int,
         exclude_history: bool = True,
         request_time: NDArray[np.int64] | None = None,
+        *,
+        exclude: Ragged | None = None,
+        among: Rows | None = None,
+        profile: bool = True,
     ) -> dict[str, TopK]:
         """Recommendations for known users, of retrieval alone and of the whole chain.
+
+        Who has no event in ``history`` is answered as :meth:`recommend` answers him.
 
         Args:
           history: The events that are known; user u's are his history.
@@ -281,28 +293,74 @@ class Recommender:
           k: Places of a list.
           exclude_history: Whether items of the history are left out.
           request_time: int64 (b,), seconds, or None.
+          exclude: b lists of catalog rows, instead of those of the history.
+          among: int32 (n,), the catalog rows to choose among; None: all.
+          profile: Whether the users' profile texts and attributes are read.
 
         Returns:
           ``retrieval`` and, if there is more than retrieval, ``ranking``.
         """
         asked = self.who(history, users, request_time)
-        alone = replace(self.policy, score={"retrieval": 1.0})
-        out = {"retrieval": self._all(asked, k, exclude_history, alone)}
+        if exclude is None and exclude_history:
+            exclude = asked.seen
+        if not profile:
+            asked = replace(
+                asked,
+                profile=np.zeros_like(asked.profile),
+                attributes=np.zeros_like(asked.attributes),
+            )
+        new = asked.new if profile else np.zeros(len(asked), bool)
+        texts = [self.users.texts[u] if n else "" for u, n in zip(users, new, strict=True)]
+        words = self._encoded(texts)
+        index = self.index if among is None else ExactIndex.build(self.vectors[among], among)
+
+        def found(policy: Policy) -> TopK:
+            parts = [TopK(np.zeros((0, k), np.float32), np.zeros((0, k), np.int32))]
+            for start in range(0, len(asked), BLOCK):
+                rows = np.arange(start, min(start + BLOCK, len(asked)))
+                left_out = None if exclude is None else exclude.take(rows)
+                block = asked.take(rows)
+                parts.append(self.answer(block, words[rows], k, left_out, index, policy))
+            return _stacked(parts)
+
+        out = {"retrieval": found(replace(self.policy, score={"retrieval": 1.0}))}
         if not self.policy.plain:
-            out["ranking"] = self._all(asked, k, exclude_history, self.policy)
+            out["ranking"] = found(self.policy)
         elif self.linear is not None:
             out["ranking"] = out["retrieval"]
         return out
 
-    def _all(self, asked: Who, k: int, exclude_history: bool, policy: Policy) -> TopK:
-        parts = [TopK(np.zeros((0, k), np.float32), np.zeros((0, k), np.int32))]
-        for start in range(0, len(asked), BLOCK):
-            block = asked.take(np.arange(start, min(start + BLOCK, len(asked))))
-            exclude = block.seen if exclude_history else None
-            parts.append(self.chain(block, k, exclude, self.index, policy))
-        return TopK(
-            np.concatenate([p.scores for p in parts]), np.concatenate([p.ids for p in parts])
-        )
+    def answer(
+        self,
+        asked: Who,
+        words: Floats,
+        k: int,
+        exclude: Ragged | None,
+        index: Index,
+        policy: Policy,
+    ) -> TopK:
+        """The ``k`` best items for each: by his events, else by his words, else what is popular.
+
+        Args:
+          asked: b users.
+          words: float32 (b, text width), vectors of what is said by or of them; zeros: nothing.
+          k: Places of a list.
+          exclude: b lists of catalog rows that must not come.
+          index: Its ids are what may come.
+          policy: How the scores of those with events are put together.
+        """
+        scores = np.full((len(asked), k), -np.inf, np.float32)
+        ids = np.zeros((len(asked), k), np.int32)
+        for rows, new in ((np.flatnonzero(~asked.new), False), (np.flatnonzero(asked.new), True)):
+            if len(rows):
+                left_out = None if exclude is None else exclude.take(rows)
+                found = (
+                    self._cold(words[rows], k, left_out, index)
+                    if new
+                    else self.chain(asked.take(rows), k, left_out, index, policy)
+                )
+                scores[rows], ids[rows] = found.scores, found.ids
+        return TopK(scores, ids)
 
     def chain(
         self, asked: Who, k: int, exclude: Ragged | None, index: Index, policy: Policy
@@ -466,32 +524,30 @@ class Recommender:
 
     def _answer(self, requests: Sequence[Request], k: int, index: Index) -> list[list[Recommended]]:
         asked, exclude = self._asked(requests)
-        answers: list[list[Recommended]] = [[] for _ in requests]
-        counts = np.diff(asked.histories.offsets)
         words = self._encoded(
             [
-                request.profile or ("" if known else self._profile_text(request))
-                for request, known in zip(requests, counts, strict=True)
+                request.profile or (self._profile_text(request) if new else "")
+                for request, new in zip(requests, asked.new, strict=True)
             ]
         )
-        known = np.flatnonzero(counts)
-        if len(known):
-            spoken = np.asarray(words[known].any(axis=1))
-            deep = max(k, FUSED) if spoken.any() else k
-            found = self.chain(asked.take(known), deep, exclude.take(known), index, self.policy)
-            said = iter(
-                self._cold(words[known[spoken]], deep, exclude.take(known[spoken]), index).ids
+        spoken = np.asarray(words.any(axis=1))
+        both = np.flatnonzero(spoken & ~asked.new)
+        deep = max(k, FUSED) if len(both) else k
+        found = self.answer(asked, words, deep, exclude, index, self.policy)
+        said = dict(
+            zip(
+                both.tolist(),
+                self._cold(words[both], deep, exclude.take(both), index).ids,
+                strict=True,
             )
-            for row, place in enumerate(known.tolist()):
-                ids, scores = found.ids[row], found.scores[row]
-                if spoken[row]:
-                    ids, scores = _fused(ids, next(said))
-                answers[place] = self._named(ids[:k], scores[:k], "behaviour")
-        cold = np.flatnonzero(counts == 0)
-        found = self._cold(words[cold], k, exclude.take(cold), index)
-        for row, place in enumerate(cold.tolist()):
-            source: Source = "text" if words[place].any() else "popular"
-            answers[place] = self._named(found.ids[row], found.scores[row], source)
+        )
+        answers = []
+        for row, new in enumerate(asked.new):
+            ids, scores = found.ids[row], found.scores[row]
+            if row in said:
+                ids, scores = _fused(ids, said[row])
+            source: Source = "behaviour" if not new else "text" if spoken[row] else "popular"
+            answers.append(self._named(ids[:k], scores[:k], source))
         return answers
 
     def _encoded(self, texts: Sequence[str]) -> Floats:
@@ -619,6 +675,10 @@ def _rows_or_zeros(table: Floats, rows: NDArray[np.int64]) -> Floats:
     out = np.zeros((len(rows), table.shape[1]), np.float32)
     out[rows >= 0] = table[rows[rows >= 0]]
     return out
+
+
+def _stacked(parts: Sequence[TopK]) -> TopK:
+    return TopK(np.concatenate([p.scores for p in parts]), np.concatenate([p.ids for p in parts]))
 
 
 def _distinct(rows: Rows) -> Rows:

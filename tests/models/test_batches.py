@@ -214,3 +214,13 @@ def test_tokens_are_those_of_the_items():
     for part in first(make_batches(sampled=sampled(tokens=tokens, token_mask=mask)), 2):
         np.testing.assert_array_equal(part["token_ids"], tokens[part["items"]])
         np.testing.assert_array_equal(part["padding_mask"], mask[part["items"]])
+
+
+def test_negatives_are_drawn_among_the_known_items_alone():
+    known = np.array([2, 5, 11], np.int32)
+    batches = make_batches(sampled=sampled(known=known, negatives=40))
+    for part in first(batches, 3):
+        drawn = part["items"][part["negatives"]]
+        assert set(drawn.tolist()) == set(known.tolist())
+        unused = part["target_id"][part["weight"] == 0]
+        assert set(unused.tolist()) <= set(known.tolist())

@@ -60,6 +60,25 @@ def test_full_softmax_bears_large_logits():
     np.testing.assert_allclose(found[0], value_and_gradients(reference, *given)[0], rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("out", [[3], [0, 5, 16]])
+def test_candidates_that_are_taken_out_are_as_if_they_were_not_there(out):
+    queries, candidates, targets, weights = problem()
+    kept = np.setdiff1d(np.arange(17), out)
+    targets = np.random.default_rng(1).integers(0, len(kept), 24)
+    shift = np.zeros(17, np.float32)
+    shift[out] = -1e9
+    found = value_and_gradients(
+        lambda *a: full_softmax_loss(*a, chunk=8, shift=tf.constant(shift)),
+        queries, candidates, tf.constant(kept[targets], tf.int32), weights,
+    )  # fmt: skip
+    fewer = tf.gather(candidates, kept)
+    alone = value_and_gradients(reference, queries, fewer, tf.constant(targets), weights)
+    np.testing.assert_allclose(found[0], alone[0], rtol=TOLERANCE)
+    np.testing.assert_allclose(found[1], alone[1], atol=TOLERANCE)
+    np.testing.assert_allclose(found[2][kept], alone[2], atol=TOLERANCE)
+    assert not found[2][out].any()
+
+
 def test_a_query_of_weight_zero_counts_for_nothing():
     queries, candidates, targets, weights = problem()
     weights = tf.tensor_scatter_nd_update(weights, [[3]], [0.0])

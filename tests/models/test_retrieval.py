@@ -63,7 +63,7 @@ def test_the_full_loss_is_the_weighted_mean_cross_entropy_over_the_catalog(tempe
     vectors, hidden = encoded(model, batch)
     logits = hidden.reshape(-1, 8) @ vectors.T / temperature
     target, weight = (batch[name].numpy().ravel() for name in ("target", "weight"))
-    log_normaliser = np.log(np.exp(logits).sum(axis=1))
+    log_normaliser = np.log(np.exp(logits[:, 1:]).sum(axis=1))  # row 0 is no item
     each = log_normaliser - logits[np.arange(len(target)), target]
     expected = (weight * each).sum() / weight.sum()
     assert float(model.compute_loss(batch)) == pytest.approx(expected, rel=TOLERANCE)
@@ -128,6 +128,21 @@ def test_candidates_of_unknown_rows_have_no_id():
     np.testing.assert_array_equal(found[1], found[2])
     np.testing.assert_allclose(found[0] - found[1], model.candidate_tower.ids[3], atol=1e-6)
     assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled"])
+def test_an_item_without_training_events_is_not_pushed_away(loss):
+    cold = ITEMS + 1
+    model = make_two_tower(small_config(loss=loss), items=cold)
+    rows = np.arange(cold + 1)
+    model.learn_from((rows > 0) & (rows < cold))
+    some = sampled(num_items=cold, known=rows[1:cold].astype(np.int32))
+    batch = batch_of(make_batches(sampled=some if loss == "sampled" else None))
+    with tf.GradientTape() as tape:
+        value = model.compute_loss(batch, training=True)
+    ids = tf.convert_to_tensor(tape.gradient(value, model.candidate_tower.ids)).numpy()
+    assert not ids[cold].any()
+    assert np.abs(ids[1:cold]).max() > 0
 
 
 def test_no_candidate_gives_no_vector():

@@ -52,6 +52,19 @@ def test_rows_in_any_order_give_the_vectors_of_the_whole_catalog():
     np.testing.assert_allclose(some, whole[rows], atol=1e-6)
 
 
+def test_parts_of_texts_are_left_out_in_training_alone():
+    tower, (text, attributes) = candidate(item_ids=False, text_dropout=0.5), features()
+    whole = text @ tower.text.kernel.numpy() + attributes @ tower.attributes.kernel.numpy()
+    np.testing.assert_allclose(tower(text, attributes, training=False), whole, atol=1e-6)
+    many = 2000
+    with drawing(1):
+        seen = tower(np.repeat(text[1:2], many, 0), np.zeros((many, ATTRIBUTES)), training=True)
+    expected = text[1] @ tower.text.kernel.numpy()
+    error = np.abs(seen.numpy().mean(axis=0) - expected)
+    assert (error < 5 * seen.numpy().std(axis=0) / many**0.5).all()
+    assert seen.numpy().std(axis=0).min() > 0
+
+
 @pytest.mark.parametrize(("text", "attributes"), [(0, 3), (5, 0), (0, 0)])
 def test_what_a_catalog_lacks_has_no_weights(text, attributes):
     set_seed(0)

@@ -15,7 +15,7 @@ from tiny_bert import write_tiny_bert
 
 from tfrec.artifact import Artifact
 from tfrec.data.dataset import Dataset
-from tfrec.data.interactions import VALID, Interactions
+from tfrec.data.interactions import TRAIN, VALID, Interactions
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender, load_two_tower
 from tfrec.stages import adapt, prepare
@@ -243,6 +243,23 @@ class TestKindsOfData:
             purchases=True,
         )
         assert told(out)["tasks"] == ["click", "like", "rating", "conversion"]
+        self.cold_items_have_no_id(out)
+
+    def cold_items_have_no_id(self, out):
+        dataset = Dataset.load(out / "prepare")
+        features = dataset.catalog.features
+        rows = np.arange(len(features), dtype=np.int32)
+        for cut, parts in (("select", (TRAIN,)), ("test", (TRAIN, VALID))):
+            known = np.unique(dataset.interactions.part(*parts).item)
+            cold = np.setdiff1d(rows[1:], known)
+            model, text = load_two_tower(artifact(out), dataset, cut)
+            bare = model.encode_candidate(text, features, np.zeros_like(rows))
+            with_id = model.encode_candidate(text, features, rows)
+            written = vectors(out, cut)
+            np.testing.assert_allclose(written[cold], bare[cold], atol=1e-6)
+            np.testing.assert_allclose(written[known], with_id[known], atol=1e-6)
+            assert len(cold)
+            assert np.abs(bare - with_id)[known].max() > 1e-3
 
     def test_cold_users_with_hard_negatives(self, run):
         run(
@@ -406,3 +423,23 @@ def test_ranking_without_retrieval_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="retrieval"):
         adapt.run(tiny, tmp_path / "run", "ranking")
     assert not (tmp_path / "run" / "adapt").exists()
+
+
+def test_a_new_user_is_judged_by_the_second_half_of_his_events():
+    split = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2], np.int8)
+    user = np.array([0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3], np.int32)
+    n = len(user)
+    events = Interactions(
+        user=user,
+        item=np.arange(1, n + 1, dtype=np.int32),
+        timestamp=np.arange(n, dtype=np.int64),
+        event=np.zeros(n, np.int8),
+        rating=np.ones(n, np.float32),
+        weight=np.ones(n, np.float32),
+        split=split,
+        num_users=4,
+    )
+    history, wanted = adapt._judged(events)
+    assert history.item.tolist() == [1, 2, 4, 5]
+    assert wanted.item.tolist() == [3, 6, 7, 8, 9]
+    assert split.tolist() == events.split.tolist()

@@ -13,6 +13,7 @@ from tfrec.config import Config
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.errors import ArtifactError, InputError
+from tfrec.index import top_k
 from tfrec.stages import evaluate
 
 USERS, ITEMS = 24, 30
@@ -22,9 +23,11 @@ class _Recommender:
     """Stands for the trained chain: EASE as retrieval, the very targets as ranking."""
 
     def __init__(self, dataset, tasks=("click", "like", "rating")):
-        self.dataset, self.tasks, self.asked = dataset, tasks, None
+        self.dataset, self.tasks, self.asked, self.curve = dataset, tasks, None, []
 
-    def lists(self, history, users, k, exclude_history=True, request_time=None):
+    def lists(self, history, users, k, exclude_history=True, request_time=None, **more):
+        if more:
+            return self._further(history, users, k, **more)
         self.asked, self.times = (history, exclude_history), request_time
         matrix = matrix_of(history, self.dataset.catalog.num_items)
         found = recommend(Ease(10.0).fit(matrix), matrix, users, k, exclude_history)
@@ -32,6 +35,14 @@ class _Recommender:
         best = type(found)(found.scores.copy(), found.ids.copy())
         best.ids[:, 0] = wanted.item[wanted.offsets[users]]
         return {"retrieval": found, "ranking": best}
+
+    def _further(self, history, users, k, exclude=None, among=None, profile=True):
+        """By the row: the lowest first, of those that may come."""
+        rows = np.arange(1, len(self.dataset.catalog)) if among is None else among
+        scores = np.tile(-rows.astype(np.float32), (len(users), 1))
+        if exclude is not None:
+            self.curve.append((np.diff(history.offsets)[users], exclude, profile))
+        return {"retrieval": top_k(scores, rows.astype(np.int32), k, exclude)}
 
     def predictions(self, events, history):
         self.events = events
@@ -277,3 +288,72 @@ def test_the_terminal_summary_is_the_table(finished):
     text = evaluate.summary(finished[3])
     assert "two-tower + ranker" in text
     assert "most popular" in text
+
+
+class TestCold:
+    @pytest.fixture
+    def long(self):
+        """Users of 12 to 28 events among 60 items; who has 20 or less has no curve."""
+        rng = np.random.default_rng(3)
+        rows = [
+            (f"u{u}", f"i{i}", t)
+            for u in range(USERS)
+            for t, i in enumerate(rng.permutation(60)[: 12 + u % 17])
+        ]
+        columns = dict(
+            zip(("user_id", "item_id", "timestamp"), zip(*rows, strict=True), strict=True)
+        )
+        users = {"user_id": [f"u{u}" for u in range(USERS)], "age": [str(u) for u in range(USERS)]}
+        config = Config.parse({"data": {"split": "leave_one_out"}}).data
+        return Dataset.from_columns(columns, users=users, config=config)
+
+    def test_the_curve_gives_the_same_users_more_and_more_events(self, tmp_path, recommender, long):
+        made = recommender(tmp_path, long)
+        told = _tree(evaluate.run(_config(baselines=["popular"]), tmp_path))["by_events"]
+        able = [u for u in range(USERS) if 12 + u % 17 > 20]
+        assert told["users"] == told["targets"] == len(able)
+        assert told["events"] == [0, 1, 2, 3, 5, 10, 20]
+        assert [counts.tolist() for counts, _, profile in made.curve if not profile] == [
+            [count] * len(able) for count in told["events"]
+        ]
+        assert {len(set(e.ids[e.offsets[0] : e.offsets[1]])) for _, e, _ in made.curve} == {20}
+        assert set(told["lines"]) == {"both", "history", "profile"}
+        assert told["lines"]["profile"]["hr@10"] == [told["lines"]["both"]["hr@10"][0]] * 7
+
+    def test_the_curve_can_be_left_out(self, tmp_path, recommender, long):
+        made = recommender(tmp_path, long)
+        artifact = evaluate.run(_config(baselines=["popular"], by_events=0), tmp_path)
+        assert _tree(artifact)["by_events"] is None
+        assert made.curve == []
+
+    def test_users_of_few_events_have_no_curve(self, finished):
+        assert _tree(finished[3])["by_events"] is None
+        assert _tree(finished[3])["cold_items"] is None
+
+    def test_cold_items_are_ranked_among_themselves_and_in_the_catalog(
+        self, tmp_path, recommender, monkeypatch
+    ):
+        dataset = _dataset("item_cold")
+        made = recommender(tmp_path, dataset)
+        config = _config(baselines=["popular"], k=[5])
+        config = Config.parse({**config.dump(), "data": {"split": "item_cold"}})
+        tree = _tree(evaluate.run(config, tmp_path))
+        wanted = dataset.interactions.part(TEST)
+        told = tree["cold_items"]
+        cold = np.unique(wanted.item)
+        assert told["items"] == len(cold) == 3
+        assert told["chance"] == 1
+        popular, retrieval, _ = told["models"]
+        assert "among" not in popular
+        # Three items on a list of twenty are all of them.
+        assert retrieval["among"]["recall@20"] == 1
+        assert retrieval["among"]["ndcg@20"] < 1
+        lists = made.lists(dataset.interactions.part(TRAIN, VALID), np.unique(wanted.user), 20)[
+            "retrieval"
+        ]
+        hits = [
+            len(set(row) & set(items)) / len(set(items))
+            for row, items in zip(lists.ids, wanted.histories(np.unique(wanted.user)), strict=True)
+        ]
+        assert retrieval["all"]["recall@20"] == pytest.approx(np.mean(hits), abs=1e-12)
+        assert tree["by_events"] is None

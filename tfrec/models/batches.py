@@ -31,6 +31,8 @@ class SampledItems:
       positions: Places of each row that are trained in a step.
       negatives: Uniform negatives of a global batch.
       num_items: Items of the catalog, the unknown one not counted.
+      known: int32 (k,), catalog rows that negatives are drawn from: those with training events.
+        None: all.
       tokens: int32 (num_items + 1, tokens) of every item's text, or None where text is frozen.
       token_mask: int32, same shape, 1 where there is a token.
     """
@@ -40,6 +42,7 @@ class SampledItems:
     num_items: int
     tokens: NDArray[np.int32] | None = None
     token_mask: NDArray[np.int32] | None = None
+    known: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,7 @@ class TrainingBatches:
                 count = self.sampled.negatives // self.replicas
                 drawn = self._items(self.sampled, count, generator)
                 _add_items(part, drawn, self.sampled)
-                part["correction"] = _correction(part, self.sampled.num_items)
+                part["shift"] = _shift(part, self.sampled)
                 del part["negatives"], part["target_id"]
             part["denominators"] = np.array(sums, np.float32)
             yield part
@@ -167,6 +170,8 @@ class TrainingBatches:
     def _items(
         sampled: SampledItems, shape: int | tuple[int, ...], generator: np.random.Generator
     ) -> NDArray[np.int32]:
+        if sampled.known is not None:
+            return sampled.known[generator.integers(len(sampled.known), size=shape)]
         return generator.integers(1, sampled.num_items + 1, shape, dtype=np.int32)
 
 
@@ -198,7 +203,7 @@ def _add_items(part: Arrays, negatives: NDArray[np.int32], sampled: SampledItems
         part["padding_mask"] = sampled.token_mask[items]
 
 
-def _correction(part: Arrays, num_items: int) -> NDArray[np.float32]:
+def _shift(part: Arrays, sampled: SampledItems) -> NDArray[np.float32]:
     """What is added to the logits of ``items`` so that their softmax stands for the catalog's.
 
     An item that a row brought is there in any case and counts once; one of the uniform negatives
@@ -209,7 +214,8 @@ def _correction(part: Arrays, num_items: int) -> NDArray[np.float32]:
     for name in part:
         if name.endswith(("item", "target")):
             brought[part[name].ravel()] = True
-    others = max(num_items - int(brought[1:].sum()), 1)
+    known = sampled.num_items if sampled.known is None else len(sampled.known)
+    others = max(known - int(brought[1:].sum()), 1)
     drawn = np.zeros(len(part["items"]), bool)
     drawn[part["negatives"]] = True
     drawn &= ~brought

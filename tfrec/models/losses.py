@@ -8,7 +8,12 @@ from tfrec.models.keras_bridge import tf
 
 
 def full_softmax_loss(
-    queries: Any, candidates: Any, targets: Any, weights: Any, chunk: int = 1024
+    queries: Any,
+    candidates: Any,
+    targets: Any,
+    weights: Any,
+    chunk: int = 1024,
+    shift: Any | None = None,
 ) -> Any:
     """Sum of weighted cross-entropies against every candidate, without holding all logits.
 
@@ -22,9 +27,11 @@ def full_softmax_loss(
       targets: int32 (n,), rows of ``candidates``.
       weights: float32 (n,); 0 leaves a query out.
       chunk: Queries whose logits are held at once.
+      shift: float32 (m,), added to every query's logits; a large negative number takes a candidate
+        out. None: nothing is added.
 
     Returns:
-      float32 scalar. Not differentiable with respect to targets and weights, nor twice.
+      float32 scalar. Not differentiable with respect to targets, weights and shift, nor twice.
     """
     count = queries.shape[0]
     pieces = _pieces(count, chunk)
@@ -37,7 +44,7 @@ def full_softmax_loss(
 
         def step(i: Any, total: Any, to_queries: Any, to_candidates: Any) -> Any:
             value, grad_queries, grad_candidates = _softmax_chunk(
-                split[i], candidates, wanted[i], weight[i]
+                split[i], candidates, wanted[i], weight[i], shift
             )
             to_queries = tf.tensor_scatter_nd_update(to_queries, [[i]], grad_queries[None])
             return i + 1, total + value, to_queries, to_candidates + grad_candidates
@@ -61,8 +68,10 @@ def _pieces(count: int, chunk: int) -> int:
     return next(p for p in range(least, count + 1) if count % p == 0)
 
 
-def _softmax_chunk(queries: Any, candidates: Any, targets: Any, weights: Any) -> Any:
+def _softmax_chunk(queries: Any, candidates: Any, targets: Any, weights: Any, shift: Any) -> Any:
     logits = tf.matmul(queries, candidates, transpose_b=True)
+    if shift is not None:
+        logits += shift
     logits -= tf.reduce_max(logits, axis=-1, keepdims=True)
     exponent = tf.exp(logits)
     total = tf.reduce_sum(exponent, axis=-1, keepdims=True)

@@ -29,8 +29,8 @@ class Model(Protocol):
     temperature: float
 
     @property
-    def correction(self) -> Any:
-        """float32 (candidates,) added to the logits of sampled candidates; None: all are there."""
+    def shift(self) -> Any:
+        """float32 (candidates,) added to the logits of a training batch."""
 
     def hidden(
         self,
@@ -451,12 +451,12 @@ def _sum_segments(values: Any, counted: Any, segment: Any) -> tuple[Any, Any]:
 def _over_catalog(model: Model, queries: Any, vectors: Any, targets: Any, weights: Any) -> Any:
     """Cross-entropy of the targets against every candidate."""
     count = queries.shape[0] * queries.shape[1]
-    queries, vectors = _for_logits(model, queries, vectors)
     return full_softmax_loss(
-        tf.reshape(queries, [count, queries.shape[-1]]),
+        tf.reshape(queries, [count, queries.shape[-1]]) / model.temperature,
         vectors,
         tf.reshape(targets, [count]),
         tf.reshape(weights, [count]),
+        shift=model.shift,
     )
 
 
@@ -464,24 +464,16 @@ def _reconstruction(
     model: Model, queries: Any, vectors: Any, batch: Mapping[str, Any], weights: Any
 ) -> Any:
     """Multinomial likelihood of the targets of a segment under its one query."""
-    queries, vectors = _for_logits(model, queries, vectors)
-    normaliser = tf.reduce_logsumexp(tf.matmul(queries, vectors, transpose_b=True), axis=-1)
+    queries = tf.cast(queries, tf.float32) / model.temperature
+    vectors = tf.cast(vectors, tf.float32)
+    logits = tf.matmul(queries, vectors, transpose_b=True) + model.shift
+    normaliser = tf.reduce_logsumexp(logits, axis=-1)
     place = tf.maximum(batch["segment"] - 1, 0)
     own = tf.gather(queries, place, batch_dims=1)
     logit = tf.reduce_sum(own * tf.gather(vectors, batch["target"]), axis=-1)
-    return tf.reduce_sum(weights * (tf.gather(normaliser, place, batch_dims=1) - logit))
-
-
-def _for_logits(model: Model, queries: Any, vectors: Any) -> tuple[Any, Any]:
-    """Queries and candidates, float32, whose products are the logits."""
-    queries = tf.cast(queries, tf.float32) / model.temperature
-    vectors = tf.cast(vectors, tf.float32)
-    if model.correction is None:
-        return queries, vectors
-    return (
-        tf.concat([queries, tf.ones_like(queries[..., :1])], axis=-1),
-        tf.concat([vectors, model.correction[:, None]], axis=-1),
-    )
+    logit += tf.gather(model.shift, batch["target"])
+    each = tf.gather(normaliser, place, batch_dims=1) - logit
+    return tf.reduce_sum(tf.where(weights > 0, weights * each, 0.0))
 
 
 def _info_nce(first: Any, second: Any, weights: Any, temperature: float) -> Any:

@@ -34,7 +34,7 @@ class Pretrainer(TaskModel):
       objectives: The sequence objectives by name.
     """
 
-    shared_keys = ("denominators", "items", "correction", "token_ids", "padding_mask")
+    shared_keys = ("denominators", "items", "shift", "token_ids", "padding_mask")
 
     def __init__(
         self,
@@ -115,9 +115,10 @@ class Pretrainer(TaskModel):
         )
 
     @property
-    def correction(self) -> Any:
+    def shift(self) -> Any:
         """See :class:`tfrec.models.objectives.Model`."""
-        return self._inputs.get("correction")
+        sampled = self._inputs.get("shift")
+        return self.two_tower.shift if sampled is None else sampled
 
     def text_only(self, training: bool) -> Any:
         """See :class:`tfrec.models.objectives.Model`."""

@@ -17,6 +17,8 @@ from tfrec.models.towers import CandidateTower, QueryTower
 
 FULL_SOFTMAX_LIMIT = 50_000
 
+_OUT = -1e9  # added to a logit; not -inf, as the weightless places have row 0 for their target
+
 
 class TwoTower(TaskModel):
     """Retrieval model of a catalog.
@@ -67,7 +69,12 @@ class TwoTower(TaskModel):
             name="query_tower",
         )
         self.candidate_tower = CandidateTower(
-            config.embedding_dim, rows, config.item_ids, config.id_dropout, name="candidate_tower"
+            config.embedding_dim,
+            rows,
+            config.item_ids,
+            config.id_dropout,
+            config.text_dropout,
+            name="candidate_tower",
         )
         self.encoder = encoder
         self.widths = (profile_width, user_attributes_width)
@@ -76,6 +83,8 @@ class TwoTower(TaskModel):
         self._has_text = tf.constant(np.any(text, axis=1, keepdims=True).astype(np.float32))
         even = np.full(rows, 1 / max(rows - 1, 1), np.float32)
         self._popularity = tf.constant(even if popularity is None else popularity)
+        self._shift = tf.Variable(tf.zeros([rows]), trainable=False, name="shift")
+        self.learn_from(np.arange(rows) > 0)
         self.task = tfrs.tasks.Retrieval(
             temperature=config.temperature,
             remove_accidental_hits=True,
@@ -84,6 +93,22 @@ class TwoTower(TaskModel):
         self._touch()
 
     shared_keys = ("denominator", "items", "negatives", "token_ids", "padding_mask")
+
+    def learn_from(self, known: NDArray[np.bool_]) -> None:
+        """Says which items the training events are of; the others are not negatives.
+
+        An item that no training event is of would be pushed away by every query, and with it
+        whatever reads or looks like it: the items that have to do without events.
+
+        Args:
+          known: bool (n + 1,), True for catalog rows with a training event.
+        """
+        self._shift.assign(np.where(known, 0, _OUT).astype(np.float32))
+
+    @property
+    def shift(self) -> Any:
+        """float32 (n + 1,), added to the logits in training: see :meth:`learn_from`."""
+        return self._shift
 
     def compute_loss(self, inputs: Mapping[str, Any], training: bool = False) -> Any:
         """Loss of one replica's part, so scaled that the sum over replicas is the batch's mean."""
@@ -131,6 +156,7 @@ class TwoTower(TaskModel):
             vectors,
             tf.reshape(inputs["target"], [-1]),
             tf.reshape(inputs["weight"], [-1]),
+            shift=self._shift,
         )
 
     def _sampled(self, hidden: Any, vectors: Any, inputs: Mapping[str, Any]) -> Any:
@@ -139,7 +165,7 @@ class TwoTower(TaskModel):
         targets = tf.reshape(inputs["target"], [-1])
         ids = tf.reshape(inputs["target_id"], [-1])
         weights = tf.reshape(inputs["weight"], [-1])
-        uniform = 1.0 / (self._popularity.shape[0] - 1)
+        uniform = 1.0 / tf.reduce_sum(tf.cast(tf.equal(self._shift, 0.0), tf.float32))
         negative_ids = tf.gather(inputs["items"], inputs["negatives"])
         return self.task(
             query_embeddings=tf.cast(queries, tf.float32),

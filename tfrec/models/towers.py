@@ -27,6 +27,8 @@ class CandidateTower(tf_keras.layers.Layer):
       num_rows: Rows of the catalog the tower is trained on, the unknown item included.
       item_ids: Whether there are id embeddings at all.
       id_dropout: Share of items whose id is left out in a training step.
+      text_dropout: Share of each text vector's numbers that is left out in a training step, so
+        that no item is learned by heart from its text.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class CandidateTower(tf_keras.layers.Layer):
         num_rows: int,
         item_ids: bool = True,
         id_dropout: float = 0.1,
+        text_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -43,11 +46,13 @@ class CandidateTower(tf_keras.layers.Layer):
             "num_rows": num_rows,
             "item_ids": item_ids,
             "id_dropout": id_dropout,
+            "text_dropout": text_dropout,
         }
         self.num_rows, self.id_dropout, self.width = num_rows, id_dropout, embedding_dim
         self.text = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="text"
         )
+        self.text_dropout = Dropout(text_dropout)
         self.attributes = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="attributes"
         )
@@ -69,7 +74,7 @@ class CandidateTower(tf_keras.layers.Layer):
           attributes: float (n, attribute width).
           rows: int32 (n,), catalog rows, 0 for items without an id embedding. None: the whole
             catalog in its order, which saves the look-up.
-          training: Whether ids are dropped at random.
+          training: Whether ids and parts of texts are dropped at random.
 
         Returns:
           float (n, embedding_dim).
@@ -77,7 +82,7 @@ class CandidateTower(tf_keras.layers.Layer):
         count = tf.shape(text)[0]
         vector = tf.zeros([count, self.width], self.compute_dtype)
         if text.shape[-1]:
-            vector += self.text(text)
+            vector += self.text(self.text_dropout(text, training=training))
         if attributes.shape[-1]:
             vector += self.attributes(attributes)
         if self.ids is None:

@@ -27,7 +27,8 @@ def page(tree: Tree) -> str:
         _section("The models", _findings(tree) + _summary(tree) + _figure(drawn, "models")),
         _section("Accuracy at every k", _figure(drawn, "by_k") + _every_k(tree)),
         _section("Beyond accuracy", _beyond(drawn)),
-        _section("For whom, and for which items", _for_whom(drawn)),
+        _section("For whom, and for which items", _for_whom(tree, drawn)),
+        _section("Cold start", _by_events(tree, drawn) + _cold_items(tree)),
         _section("Predictions of the ranker", _predictions(tree, drawn)),
         _section("Examples", _examples(tree)),
         _section("Training", _training(tree, drawn)),
@@ -109,8 +110,12 @@ def _model_table(tree: Tree, columns: Sequence[str]) -> str:
             if value == best.get(metric):
                 text = f"<b>{text}</b>"
             cells.append(f"{text}<small>{interval_text(model, metric)}</small>")
-        rows.append(([_model_name(model), *cells], "ours" if model["ours"] else ""))
+        rows.append(([_model_name(model), *cells], _css(model)))
     return _table(["", *(label(m) for m in columns)], rows)
+
+
+def _css(model: Tree) -> str:
+    return "ours" if model["ours"] else ""
 
 
 def _model_name(model: Tree) -> str:
@@ -142,9 +147,63 @@ def _beyond(drawn: Mapping[str, str]) -> str:
     )
 
 
-def _for_whom(drawn: Mapping[str, str]) -> str:
-    return _figure(drawn, "history") + _figure(
-        drawn, "target_popularity", f"Segments of fewer than {FEW} are not drawn."
+def _for_whom(tree: Tree, drawn: Mapping[str, str]) -> str:
+    return (
+        _figure(drawn, "history")
+        + _figure(drawn, "target_popularity", f"Segments of fewer than {FEW} are not drawn.")
+        + _by_decile(tree)
+    )
+
+
+def _by_decile(tree: Tree) -> str:
+    """HR and NDCG of each model by the popularity of the target, in figures."""
+    k = tree["k"]
+    out = ""
+    for metric in (f"ndcg@{k}", f"hr@{k}"):
+        rows = []
+        for model in tree["models"]:
+            of = {row["segment"]: row for row in model["segments"]["popularity"]}
+            values = [of[str(d)][metric] if str(d) in of else None for d in range(1, 11)]
+            rows.append(([_model_name(model), *map(_maybe, values)], _css(model)))
+        of = {row["segment"]: row["count"] for row in tree["models"][0]["segments"]["popularity"]}
+        rows.append((["targets", *(f"{of.get(str(d), 0):,}" for d in range(1, 11))], ""))
+        head = [label(metric), *map(str, range(1, 11))]
+        out += _table(head, rows)
+    title = "Metrics by tenth of the items that the target is in, 10 the most popular"
+    return f"<details><summary>{title}</summary>{out}</details>"
+
+
+def _by_events(tree: Tree, drawn: Mapping[str, str]) -> str:
+    told = tree["by_events"]
+    if not told:
+        return ""
+    return _figure(
+        drawn,
+        "by_events",
+        f"The same {told['users']:,} users and {told['targets']:,} held-out events at every point: "
+        "the events of a user after his 20th that are held out. Of his first 20 the model is "
+        "given as many as the axis says. Without any event, words answer, else popularity.",
+    )
+
+
+def _cold_items(tree: Tree) -> str:
+    told = tree["cold_items"]
+    if not told:
+        return ""
+    names = [f"recall@{told['k']}", f"ndcg@{told['k']}"]
+    rows = [
+        (
+            [_model_name(model)]
+            + [_maybe(model.get(where, {}).get(m)) for where in ("among", "all") for m in names],
+            "",
+        )
+        for model in told["models"]
+    ]
+    head = ["", *(f"{label(m)}, {w}" for w in ("cold items only", "whole catalog") for m in names)]
+    return _table(head, rows) + _note(
+        f"The {told['items']:,} items that all events were held out of, averaged over the "
+        f"{told['users']:,} users who have such an event. Among these items alone chance would "
+        f"give Recall@{told['k']} {told['chance']:.4f}; the baselines cannot tell them apart."
     )
 
 

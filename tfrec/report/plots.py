@@ -69,6 +69,7 @@ def figures(tree: Tree) -> dict[str, str]:
         "history": _history,
         "target_popularity": _target_popularity,
         "exposure": _exposure,
+        "by_events": _by_events,
         "calibration": _calibration,
     }
     out = {}
@@ -224,6 +225,32 @@ def _segments(tree: Tree, which: str, across: str, what: str) -> Figure:
     axes[0].set_ylim(bottom=0)
     axes[0].set_title(f"{label(metric)} by {_SEGMENT_TITLES[which]}")
     axes[0].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+_LINES = {
+    "both": ("profile and history", COLOURS["ranking"], "o-"),
+    "history": ("history only", COLOURS["ease"], "o-"),
+    "profile": ("profile only", COLOURS["als"], "--"),
+}
+
+
+def _by_events(tree: Tree) -> Figure | None:
+    told = tree["by_events"]
+    if not told:
+        return None
+    figure, axes = _figure(2, _WIDTH, 3.4)
+    across = range(len(told["events"]))
+    for axis, name in zip(axes, ("ndcg", "hr"), strict=True):
+        metric = f"{name}@{told['k']}"
+        for line, values in told["lines"].items():
+            called, colour, style = _LINES[line]
+            axis.plot(across, values[metric], style, ms=4, color=colour, label=called)
+        axis.set_xticks(list(across), [str(count) for count in told["events"]])
+        axis.set_xlabel("first events of a user that are known")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{label(metric)} by number of events")
+    axes[0].legend(fontsize=9)
     return figure
 
 

@@ -22,7 +22,7 @@ from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
 from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset
-from tfrec.data.interactions import TEST, VALID, Interactions
+from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.data.splits import labelled
 from tfrec.distribution import Placement, place
@@ -152,13 +152,14 @@ class _Job:
 
     def events(self, cut: str) -> Interactions:
         """The events of a cut, of the users that adaptation learns from."""
-        return self._of_users(cut_of(self.dataset.interactions, cut))
+        return self.of_users(cut_of(self.dataset.interactions, cut))
 
     def valid(self) -> Interactions:
         """The validation events of these users."""
-        return self._of_users(self.dataset.interactions.part(VALID))
+        return self.of_users(self.dataset.interactions.part(VALID))
 
-    def _of_users(self, events: Interactions) -> Interactions:
+    def of_users(self, events: Interactions) -> Interactions:
+        """Those events that adaptation may learn from."""
         if self.adapt.users == 1:
             return events
         chosen = labelled(len(self.dataset.users), self.adapt.users, self.config.seed)
@@ -297,14 +298,16 @@ class _Retrieval:
         save(folder / cut / WEIGHTS, difference(self.model))
         if self.tokens is not None:
             np.save(folder / cut / "text.npy", self._text())
-        np.save(folder / cut / "vectors.npy", self.vectors())
+        np.save(folder / cut / "vectors.npy", self.vectors(cut))
 
-    def vectors(self) -> Floats:
-        """float32 (n + 1, d), the catalog's candidate vectors; row 0 is zero."""
+    def vectors(self, cut: str) -> Floats:
+        """float32 (n + 1, d), the catalog's candidate vectors; row 0 is zero.
+
+        Items that no event of the cut is of do without an id: theirs has learned nothing.
+        """
         features = self.job.dataset.catalog.features
-        vectors = self.model.encode_candidate(
-            self._text(), features, np.arange(len(features), dtype=np.int32)
-        )
+        rows = np.arange(len(features), dtype=np.int32) * self._known(cut)
+        vectors = self.model.encode_candidate(self._text(), features, rows)
         vectors[0] = 0
         return vectors
 
@@ -324,6 +327,15 @@ class _Retrieval:
         assert self.encoder is not None
         return self.encoder
 
+    def _known(self, cut: str) -> NDArray[np.bool_]:
+        """bool (n + 1,): the items that the events of a cut, or of pretraining, are of."""
+        known = np.zeros(len(self.job.dataset.catalog), bool)
+        known[self.job.events(cut).item] = True
+        if "candidate_tower.ids" in self.pretrained:
+            known[cut_of(self.job.dataset.interactions, "select").item] = True
+        known[0] = False
+        return known
+
     def _text(self) -> Floats:
         if self.model.encoder is None:
             return self.text
@@ -333,13 +345,18 @@ class _Retrieval:
         dataset, config = self.job.dataset, self.config
         events = self.job.events(cut)
         histories = Histories.of(events, self.model.coding)
+        known = self._known(cut)
+        self.model.learn_from(known)
         sampled = None
         if not self.model.full_softmax:
+            tokens, mask = self.tokens or (None, None)
             sampled = SampledItems(
                 config.positions,
                 config.uniform_negatives,
                 dataset.catalog.num_items,
-                *(self.tokens or (None, None)),
+                tokens,
+                mask,
+                np.flatnonzero(known).astype(np.int32),
             )
         rows = PackedSequences(histories, events.weight, config.history, self.job.config.seed)
         if not self.batch_size:
@@ -355,23 +372,41 @@ class _Retrieval:
         )
 
     def _validate(self) -> Metrics:
-        """Full ranking of the validation events, from the training events."""
+        """Full ranking of the validation events, from those before; see :func:`_judged`."""
         engine = TensorFlowEngine(self.model, None, self._text_encoder)
         recommender = _recommender(
-            self.job.dataset, engine, self.vectors(), self.text, self.profile
+            self.job.dataset, engine, self.vectors("select"), self.text, self.profile
         )
-        users, targets, offsets, times = held_out(self.job.valid())
-        lists = recommender.lists(recommender.interactions, users, 10, True, times)["retrieval"]
-        found = metrics.ranking(lists.ids, targets, offsets, [10])
+        history, wanted = _judged(self.job.of_users(self.job.dataset.interactions))
+        users, targets, offsets, times = held_out(wanted)
+        cold = np.flatnonzero(~self._known("select")).astype(np.int32)
+        # Where every target is a cold item, what tells one such item from another is judged.
+        among = cold[1:] if np.isin(targets, cold).all() else None
+        asked = recommender.lists(history, users, 10, request_time=times, among=among)
+        found = metrics.ranking(asked["retrieval"].ids, targets, offsets, [10])
         return {name: float(found[name].mean()) for name in ("ndcg@10", "hr@10")}
 
 
-def held_out(valid: Interactions) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
-    """Users with validation events, those events' items, offsets of each user's, first times."""
-    counts = np.diff(valid.offsets)
+def held_out(events: Interactions) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
+    """Users with held-out events, those events' items, offsets of each user's, first times."""
+    counts = np.diff(events.offsets)
     users = np.flatnonzero(counts).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
-    return users, valid.item, offsets, valid.timestamp[valid.offsets[:-1][users]]
+    return users, events.item, offsets, events.timestamp[events.offsets[:-1][users]]
+
+
+def _judged(events: Interactions) -> tuple[Interactions, Interactions]:
+    """What an epoch is judged on: the events that are known, and those to be foreseen.
+
+    A user without a training event is given the first half of his validation events: without any
+    he would be answered by words or popularity, which no training changes.
+    """
+    known, valid = events.split == TRAIN, events.split == VALID
+    part = events.part(VALID)
+    place = np.arange(len(part)) - part.offsets[part.user]
+    new = np.diff(events.part(TRAIN).offsets)[part.user] == 0
+    known[np.flatnonzero(valid)] |= new & (2 * (place + 1) <= np.diff(part.offsets)[part.user])
+    return events.select(known), events.select(valid & ~known)
 
 
 def _recommender(

@@ -28,6 +28,7 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.errors import InputError
 from tfrec.index import Ragged, TopK
+from tfrec.report.cold import COLD_K, by_events, of_cold_items
 from tfrec.report.measures import (
     Round,
     Row,
@@ -72,8 +73,12 @@ class Recommends(Protocol):
         k: int,
         exclude_history: bool = True,
         request_time: NDArray[np.int64] | None = None,
+        *,
+        exclude: Ragged | None = None,
+        among: NDArray[np.int32] | None = None,
+        profile: bool = True,
     ) -> dict[str, TopK]:
-        """Lists of each part of the chain."""
+        """Lists of each part of the chain, the whole chain last."""
 
     def predictions(
         self, events: Interactions, history: Interactions
@@ -163,6 +168,9 @@ class _Evaluation:
         self.config, self.dataset, self.parents = config, dataset, parents
         self.settings = config.evaluate
         self.ks = sorted(set(self.settings.k))
+        self.cold_items = config.data.split == "item_cold"
+        # Cold items are measured at a k of their own, whatever the others are.
+        self.depth = max([*self.ks, COLD_K] if self.cold_items else self.ks)
         self.history = dataset.interactions.part(TRAIN, VALID)
         self.held_out = dataset.interactions.part(TEST)
         if not len(self.held_out):
@@ -185,15 +193,15 @@ class _Evaluation:
         self._fit_baselines()
         with self._timed("lists of our models"):
             users = self.around.users
-            lists = recommender.lists(
-                self.history,
-                users,
-                max(self.ks),
-                self.settings.exclude_history,
-                # Of the first held-out event; read by models with request_time alone.
-                self.held_out.timestamp[self.held_out.offsets[:-1][users]],
-            )
+            # Of the first held-out event; read by models with request_time alone.
+            times = self.held_out.timestamp[self.held_out.offsets[:-1][users]]
+            asked = (self.history, users, self.depth, self.settings.exclude_history, times)
+            lists = recommender.lists(*asked)
+            among = np.unique(self.around.targets[self.around.targets > 0])
+            told = recommender.lists(*asked, among=among) if self.cold_items else {}
         self.models += [_Model(key, found, True) for key, found in lists.items()]
+        with self._timed("quality by number of events"):
+            curve = self._by_events(recommender)
         with self._timed("predictions of the ranker"):
             predictions, note = self._predictions(recommender)
         with self._timed("metrics"):
@@ -214,6 +222,8 @@ class _Evaluation:
             "predictions": predictions,
             "predictions_note": note,
             "popularity": self._popularity(),
+            "by_events": curve,
+            "cold_items": self._of_cold_items(told, len(among)),
             "learning": [
                 {"task": role, "history": _history(parent)}
                 for role, parent in self.parents.items()
@@ -261,7 +271,7 @@ class _Evaluation:
                     choice.model,
                     before,
                     self.around.users,
-                    max(self.ks),
+                    self.depth,
                     self.settings.exclude_history,
                 )
             self.models.append(_Model(key, found, False, choice.settings, choice.tried))
@@ -309,6 +319,58 @@ class _Evaluation:
         return {
             "history": exposure_by_decile(self.around.popularity, self.around),
             "targets": exposure_by_decile(targets, self.around),
+        }
+
+    def _by_events(self, recommender: Recommends) -> dict[str, Any] | None:
+        """See :func:`tfrec.report.cold.by_events`. Of the whole chain.
+
+        Not of cold items: their events stand anywhere among the others of a user.
+        """
+        if self.cold_items or not self.settings.by_events:
+            return None
+        k, everyone = headline(self.ks), self.dataset.users
+
+        def lists(
+            history: Interactions,
+            users: NDArray[np.int32],
+            times: NDArray[np.int64],
+            exclude: Ragged,
+            profile: bool,
+        ) -> NDArray[np.int32]:
+            found = recommender.lists(
+                history, users, k, request_time=times, exclude=exclude, profile=profile
+            )
+            return list(found.values())[-1].ids
+
+        return by_events(
+            self.dataset.interactions,
+            lists,
+            k,
+            self.settings.by_events,
+            self.config.seed,
+            profiles=bool(everyone.features.shape[1]) or any(everyone.texts),
+        )
+
+    def _of_cold_items(self, among: Mapping[str, TopK], items: int) -> dict[str, Any] | None:
+        """What each model makes of cold items, in the whole catalog and, ours, among themselves.
+
+        Baselines do not tell one cold item from another, so they have no list among them.
+        """
+        if not self.cold_items:
+            return None
+        models = []
+        for model in self.models:
+            lists = {"all": model.found.ids}
+            if model.key in among:
+                lists["among"] = among[model.key].ids
+            found = of_cold_items(lists, self.around.targets, self.around.offsets)
+            models.append({"key": model.key, "name": NAMES[model.key], **found})
+        return {
+            "k": COLD_K,
+            "items": items,
+            "users": len(self.around.users),
+            "chance": min(1.0, COLD_K / items),
+            "models": models,
         }
 
     def _predictions(self, recommender: Recommends) -> tuple[dict[str, Any], str]:

@@ -200,11 +200,17 @@ def _train_towers(
     config = job.config.pretrain
     unit = job.placement.replicas * config.accumulate
     size = fitting_batch_size(config.batch_size, rows, unit)
+    known = np.bincount(rows.histories.item, minlength=len(job.dataset.catalog)) > 0
+    known[0] = False
+    model.learn_from(known)
     sampled = None
     if not model.full_softmax:
         retrieval = job.config.adapt.retrieval
         sampled = SampledItems(
-            retrieval.positions, retrieval.uniform_negatives, job.dataset.catalog.num_items
+            retrieval.positions,
+            retrieval.uniform_negatives,
+            job.dataset.catalog.num_items,
+            known=np.flatnonzero(known).astype(np.int32),
         )
     steps = config.epochs * max(len(rows.epoch(0)["item"]) // size, 1)
     with job.placement.strategy.scope():

@@ -1,0 +1,167 @@
+"""User cold start: how good the lists are by the number of events that are known of a user.
+
+    python benchmarks/cold_users.py [--source movielens-100k] [--seeds 1 2 3]
+
+A random 20 % of the users test and 10 % validate (``data.split=user_cold``; the seed draws them):
+no event of theirs is in training. Of a test user's first 20 events the model is given the first
+0, 1, 2, 3, 5, 10 or 20; what it should find are all his events after the 20th. So every point has
+the same users and the same targets, and the items of the 20 are never recommended. NDCG@10 and
+HR@10, the whole catalog ranked.
+
+What a user says of himself is made by a fixed rule, for users of every part alike:
+
+  age A, gender G, occupation O, likes X, Y, Z
+
+where X, Y, Z are his favourite genres among his first 20 events: those whose share of these events
+is most above their share of all training events (the difference counts), of the genres that two or
+more of the 20 have, at most three. So a profile knows something of the first 20 events, as a person
+does of himself, and nothing of the targets. The BERT reads it as a text, and the query tower reads
+age, gender, occupation and genres as attributes too.
+
+  popular           what training users met most, for all alike
+  history only      trained on the same events without the users' table
+  profile           no event: what `tfrec recommend` answers, and what the query tower makes of it
+  both              profile and history
+
+A row's result is a file in --out, and what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfrec import metrics
+from tfrec.artifact import write_json
+from tfrec.config import Config
+from tfrec.data import sources
+from tfrec.data.building import Built, build
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import TRAIN
+from tfrec.data.raw import RawData
+from tfrec.report.cold import EVENTS, FirstEvents
+
+K = 10
+FAVOURITES, LEAST = 3, 2
+ROWS = ("history", "profile")
+
+
+def configuration(asked: argparse.Namespace, seed: int) -> Config:
+    told = [
+        f"seed={seed}",
+        f"data.data_dir={asked.data_dir}",
+        "data.split=user_cold",
+        "data.test_fraction=0.2",
+        "data.valid_fraction=0.1",
+        "adapt.tracking=[]",
+    ]
+    return Config.load(asked.source, [*told, *asked.set])
+
+
+def favourites(built: Built) -> dict[str, str]:
+    """User id -> his favourite genres, by the rule above."""
+    events, genres = built.interactions, built.catalog.attributes["genres"]
+    names = sorted({name for cell in genres for name in cell.split("|") if name})
+    has = np.array([[name in cell.split("|") for name in names] for cell in genres])
+    usual = has[events.part(TRAIN).item].mean(axis=0)
+    told = {}
+    for user, items in enumerate(events.histories(range(events.num_users))):
+        first = has[items[: EVENTS[-1]]]
+        above = first.mean(axis=0) - usual if len(first) else np.zeros(len(names))
+        able = [g for g in np.argsort(-above, kind="stable") if first[:, g].sum() >= LEAST]
+        chosen = [names[g] for g in able if above[g] > 0][:FAVOURITES]
+        told[built.users.ids[user]] = "|".join(chosen)
+    return told
+
+
+def dataset_of(config: Config, profiles: bool) -> Dataset:
+    raw: RawData = sources.read(config.data)
+    assert raw.users is not None
+    built = build(raw, config.data, config.seed)
+    if profiles:
+        likes = favourites(built)
+        columns = {**raw.users.columns, "likes": tuple(likes[key] for key in raw.users.ids)}
+        users = dataclasses.replace(raw.users, columns=columns)
+        raw = dataclasses.replace(raw, users=users)
+    else:
+        raw = dataclasses.replace(raw, users=dataclasses.replace(raw.users, columns={}))
+    built = build(raw, config.data, config.seed)
+    return Dataset(built.interactions, built.catalog, built.users)
+
+
+def row(name: str, config: Config, folder: Path) -> dict[str, Any]:
+    from tfrec.models.engine import load_recommender
+    from tfrec.stages import adapt
+
+    if not (folder / "prepare").exists():
+        dataset_of(config, name == "profile").save(folder / "prepare")
+    artifact = adapt.run(config, folder, "retrieval")
+    recommender = load_recommender(folder, "test")
+    dataset = Dataset.load(folder / "prepare")
+    first = FirstEvents.of(dataset.interactions, len(dataset.users), config.seed)
+
+    def judged(ids: np.ndarray) -> dict[str, float]:
+        each = metrics.ranking(ids, first.targets.ids, first.targets.offsets, [K])
+        return {f"{m}@{K}": float(each[f"{m}@{K}"].mean()) for m in ("ndcg", "hr")}
+
+    def point(count: int) -> dict[str, float]:
+        history = first.history(count)
+        return judged(
+            recommender.lists(history, first.users, K, exclude=first.known)["retrieval"].ids
+        )
+
+    asked = recommender.who(first.history(0), first.users)
+    tower = recommender.index.search(recommender.queries(asked), K, first.known).ids
+    bare = recommender.lists(first.history(0), first.users, K, exclude=first.known, profile=False)
+    return {
+        "users": len(first.users),
+        "targets": len(first.targets.ids),
+        "profiles": recommender.users.texts[:3],
+        "points": {str(count): point(count) for count in EVENTS},
+        "tower at 0": judged(tower),
+        "popular": judged(bare["retrieval"].ids),
+        "best_epoch": artifact.metrics["best_epoch"],
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--source", default="movielens-100k")
+    parser.add_argument("--data-dir", default="", help="a folder that holds the raw files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("saved_models/cold-users"))
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for both rows")
+    return parser.parse_args()
+
+
+def main() -> int:
+    asked = parse()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for seed in asked.seeds:
+        for name in ROWS:
+            key = f"{asked.source}-{seed}-{name}"
+            path = asked.out / f"{key}.json"
+            if not path.exists():
+                began = time.monotonic()
+                found = row(name, configuration(asked, seed), asked.out / key)
+                write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
+            found = json.loads(path.read_text("utf-8"))
+            for metric in (f"ndcg@{K}", f"hr@{K}"):
+                points = "  ".join(f"{p[metric]:.4f}" for p in found["points"].values())
+                print(
+                    f"{seed} {name:<8}{metric:<8}{points}   tower {found['tower at 0'][metric]:.4f}"
+                    f"  popular {found['popular'][metric]:.4f}",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
