@@ -144,6 +144,7 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_type(one) for one in get_args(annotation))
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+    names[Any] = "value"
     return names.get(annotation, "nothing")
 
 
