@@ -263,7 +263,7 @@ class _Search:
             self.say(f"{before} trials are there already")
         while taken := self.take(worker, self._late(began)):
             self.attempt(*taken)
-            self.say(tuning.line(self.tree(), taken[0].number, wanted))
+            self.say(tuning.line(self.standing(), taken[0].number, wanted))
 
     def _late(self, began: float) -> bool:
         limit = self.config.tune.timeout
@@ -360,17 +360,36 @@ class _Search:
 
     # --- what is left ---
 
-    def tree(self) -> dict[str, Any]:
-        """Everything that the report shows, as plain values."""
+    def standing(self) -> dict[str, Any]:
+        """The trials so far, as plain values."""
         base = {key: self.config.at(key) for key in self.space}
         trials = [_told(trial, base) for trial in self.finished()]
         complete = [trial for trial in trials if trial["state"] == "complete"]
         best = max(complete, key=lambda t: t["value"], default=None)
-        values = best["values"] if best else {}
-        name = {"name": f"{self.config.name}-tuned"}
         return {
-            "name": self.config.name,
             "task": self.task,
+            "base": base,
+            "trials": trials,
+            "best": best["number"] if best else None,
+        }
+
+    def tree(self) -> dict[str, Any]:
+        """Everything that the report shows, as plain values.
+
+        Raises:
+          InputError: trial 0 has not ended.
+        """
+        told = self.standing()
+        values = {trial["number"]: trial["values"] for trial in told["trials"]}
+        if 0 not in values:
+            raise InputError(
+                "trial 0, the configuration as it is, has not ended, so there is nothing to "
+                "compare with; the same command goes on when no other process is at it"
+            )
+        ready = {**values[told["best"]], "name": f"{self.config.name}-tuned"}
+        return {
+            **told,
+            "name": self.config.name,
             "seed": self.config.seed,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "tfrec_version": tfrec.__version__,
@@ -378,15 +397,13 @@ class _Search:
             "pruner": self.config.tune.pruner,
             "epochs": _fixed(self.config)[f"adapt.{self.task}.epochs"],
             "space": self.recipe["tune"]["space"],
-            "base": base,
-            "best": best["number"] if best else None,
-            "toml": self.config.changed({**values, **name}).toml(),
-            "importance": self._importance(len(complete)),
-            "trials": trials,
+            "toml": self.config.changed(ready).toml(),
+            "importance": self._importance(),
         }
 
-    def _importance(self, complete: int) -> dict[str, float] | None:
-        if complete < LEAST_IMPORTANCE:
+    def _importance(self) -> dict[str, float] | None:
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < LEAST_IMPORTANCE:
             return None
         found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
         return {key: float(share) for key, share in found.items()}
@@ -395,11 +412,6 @@ class _Search:
         """Leaves what is known so far at ``out/tune``, if it is not there already."""
         with _locked(self.home / "lock"):
             tree = self.tree()
-            if not any(trial["number"] == 0 for trial in tree["trials"]):
-                raise InputError(
-                    "trial 0, the configuration as it is, has not ended, so there is nothing to "
-                    "compare with; the same command goes on when no other process is at it"
-                )
             place = self.out / FOLDER
             found = current(place, kind=KIND, config=self.recipe, parents=self.parents)
             if found is not None and found.metrics["trials"] == len(tree["trials"]):
@@ -423,7 +435,8 @@ class _Watch(tf_keras.callbacks.Callback):
         if GOAL not in logs or epoch + 1 in self.known:
             return
         self.trial.report(logs[GOAL], epoch + 1)
-        if self.trial.number and self.trial.should_prune():
+        at_the_end = epoch + 1 == self.params["epochs"]
+        if self.trial.number and not at_the_end and self.trial.should_prune():
             raise optuna.TrialPruned
 
 

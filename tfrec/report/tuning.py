@@ -132,7 +132,7 @@ _SEARCH_CAPTION = (
 
 _IMPORTANCE_CAPTION = (
     "How much a setting alone tells the better trials from all: PED-ANOVA (Watanabe, Bansal and "
-    "Hutter, 2023, arXiv:2304.10255) as Optuna computes it. Rough below some fifty trials."
+    "Hutter, 2023, arXiv:2304.10255) as Optuna computes it. Rough with few trials."
 )
 
 
