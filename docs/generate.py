@@ -140,7 +140,8 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is list:
         return f"list of {_type(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
-        return f"table of {_type(get_args(annotation)[1])}"
+        inner = get_args(annotation)[1]
+        return "table" if inner is Any else f"table of {_type(inner)}"
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_type(one) for one in get_args(annotation))
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}

@@ -2,11 +2,14 @@
 
 import json
 import math
+import tomllib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -53,7 +56,11 @@ def bounds(field: FieldInfo) -> dict[str, float]:
 
 def another_value(path: str, field: FieldInfo) -> Any:
     """A value that the key accepts and that is not its default."""
-    special = {"data.columns": {"user_id": "customer"}, "adapt.ranking.score": {"click": 0.5}}
+    special = {
+        "data.columns": {"user_id": "customer"},
+        "adapt.ranking.score": {"click": 0.5},
+        "tune.space": {"adapt.retrieval.layers": [1, 3]},
+    }
     if path in special:
         return special[path]
     default, annotation = field.get_default(call_default_factory=True), field.annotation
@@ -93,6 +100,7 @@ class TestRoundTrip:
         config = Config.load("files", [f"{path}={json.dumps(value)}"])
         assert get(config, path) == value
         assert Config.parse(config.dump()) == config
+        assert Config.parse(tomllib.loads(config.toml())) == config
         same = [key for key in FIELDS if get(config, key) == get(Config.load("files"), key)]
         assert sorted([*same, path]) == sorted(FIELDS)
 
@@ -172,6 +180,75 @@ class TestSharedTrainingSettings:
         settings = ["adapt.epochs=7", "adapt.ranking.epochs=2"][::order]
         config = Config.load("files", settings)
         assert (config.adapt.retrieval.epochs, config.adapt.ranking.epochs) == (7, 2)
+
+
+class TestToml:
+    @pytest.mark.parametrize("name", ["files", *presets()])
+    def test_it_is_read_back_equal_and_holds_no_default(self, name, tmp_path):
+        config = Config.load(name)
+        path = tmp_path / "some.toml"
+        path.write_text(config.toml())
+        assert Config.load(str(path)) == config
+        assert "feed_forward" not in path.read_text()
+
+    @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300))
+    def test_any_text_and_number_survives(self, text, number):
+        told = {"interactions": text, "event_weights": {text: number}, "item_text": [text, "b"]}
+        config = Config.parse({"data": told})
+        assert Config.parse(tomllib.loads(config.toml())) == config
+
+
+class TestSearchSpace:
+    def space(self, told: Any, task: str = "retrieval") -> dict[str, Any]:
+        return Config.parse({"tune": {"task": task, "space": told}}).tune.space
+
+    def test_a_dotted_key_may_be_quoted_or_not(self, tmp_path):
+        path = tmp_path / "shop.toml"
+        for key in ("adapt.retrieval.layers", '"adapt.retrieval.layers"'):
+            path.write_text(f"[tune.space]\n{key} = {{low = 1, high = 3}}\n")
+            config = Config.load(str(path))
+            assert config.tune.space == {"adapt.retrieval.layers": {"low": 1, "high": 3}}
+        assert Config.load("files", ["tune.space.adapt.text=[none, other]"]).tune.space == {
+            "adapt.text": ["none", "other"]
+        }
+
+    @pytest.mark.parametrize(
+        ("key", "task", "said"),
+        [
+            ("adapt.retrieval.layer", "retrieval", "did you mean 'layers'"),
+            ("adapt.learning_rate", "ranking", "did you mean 'adapt.ranking.learning_rate'"),
+            ("retrieval.dropuot", "retrieval", "did you mean 'adapt.retrieval.dropout'"),
+            ("adapt.retrieval.layers", "ranking", r"changes adapt\.ranking\.\* only"),
+            ("data.k_core", "retrieval", "'data.k_core', and a search for retrieval"),
+            ("seed", "retrieval", "'seed', and a search"),
+        ],
+    )
+    def test_a_key_that_cannot_be_searched_gives_the_nearest(self, key, task, said):
+        with pytest.raises(ConfigError, match=said):
+            self.space({key: [1, 2]}, task)
+
+    @pytest.mark.parametrize(
+        ("told", "said"),
+        [
+            ([1, 2.5], r"'adapt\.retrieval\.layers' = 2\.5: .*valid integer"),
+            ([1, 49], "less than or equal to 48"),
+            ({"low": 1, "high": 49}, "less than or equal to 48"),
+            ({"low": 1, "high": 4, "step": 0.5}, r"layers' = 1\.5"),
+            ([], "a list of choices holds"),
+            ([[1]], "a list of choices holds"),
+            (3, "neither a list of choices nor"),
+            ({"low": 1}, "neither a list of choices nor"),
+            ({"low": 1, "high": 2, "lgo": True}, "neither a list of choices nor"),
+            ({"low": 3, "high": 1}, "low is below high"),
+            ({"low": 0, "high": 1, "log": True}, "above 0 with log"),
+            ({"low": 1, "high": 3, "step": 0}, "a step above 0"),
+            ({"low": 1, "high": 3, "step": 1, "log": True}, "without a step"),
+            ({"low": True, "high": 3}, "low, high and step are numbers"),
+        ],
+    )
+    def test_a_dimension_that_is_none_is_refused(self, told, said):
+        with pytest.raises(ConfigError, match=said):
+            self.space({"adapt.retrieval.layers": told})
 
 
 class TestWrongKeysAndValues:

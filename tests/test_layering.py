@@ -8,7 +8,10 @@ from pathlib import Path
 import tfrec
 
 PACKAGE = Path(tfrec.__file__).parent
-HEAVY = ("tensorflow", "tf_keras", "keras", "scipy", "implicit", "matplotlib", "pandas", "sklearn")
+HEAVY = (
+    *("tensorflow", "tf_keras", "keras", "scipy", "implicit", "matplotlib", "pandas", "sklearn"),
+    "optuna",
+)
 LIGHT = [
     *("tfrec.artifact", "tfrec.cli", "tfrec.config", "tfrec.errors", "tfrec.index"),
     *("tfrec.inspect", "tfrec.metrics", "tfrec.recommender", "tfrec.stages.prepare"),

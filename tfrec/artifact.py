@@ -44,7 +44,7 @@ class Artifact:
 
     Attributes:
       path: The folder.
-      kind: What it is: ``dataset``, ``retrieval``, ``ranking``, ``report``.
+      kind: What it is: ``dataset``, ``retrieval``, ``ranking``, ``report``, ``tune``.
       config: The plain configuration values it was made with.
       parents: Role -> digest of the artifacts it was made from.
       metrics: Numbers worth knowing about it.

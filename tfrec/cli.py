@@ -110,7 +110,7 @@ def _examples(*pairs: tuple[str, str]) -> str:
     return "examples:\n" + "\n".join(lines) + "\n"
 
 
-# --- the stages: run, prepare, adapt, evaluate ---------------------------------------------------
+# --- the stages: run, prepare, adapt, evaluate, and tune over them -------------------------------
 
 
 def _add_stages(verbs: Verbs) -> None:
@@ -196,6 +196,50 @@ def _add_stages(verbs: Verbs) -> None:
         _evaluate,
         "measure the trained models beside the baselines: leaves DIR/evaluate",
         (("the report of a finished training", "tfrec evaluate movielens-100k"),),
+    )
+    _add_tune(verbs)
+
+
+def _add_tune(verbs: Verbs) -> None:
+    tune = _add_stage(
+        verbs,
+        "tune",
+        _tune,
+        "search for better settings by their validation NDCG@10: leaves DIR/tune",
+        (
+            ("twenty trials of the two-tower model", "tfrec tune movielens-100k"),
+            (
+                "go on with the same search, up to fifty trials or half an hour",
+                "tfrec tune movielens-100k --trials 50 --timeout 1800",
+            ),
+            (
+                "settings of your choice, in trials of at most 10 epochs",
+                "tfrec tune my.toml --set tune.epochs=10 "
+                "--set tune.space.adapt.retrieval.layers=[1,2,3]",
+            ),
+            ("the ranker", "tfrec tune movielens-100k --task ranking --trials 30"),
+            (
+                "what the best settings are worth on the test events",
+                "tfrec run saved_models/movielens-100k/tune/best.toml",
+            ),
+        ),
+    )
+    tune.add_argument(
+        "--task",
+        choices=("retrieval", "ranking"),
+        help="whose settings; same as --set tune.task=TASK",
+    )
+    tune.add_argument(
+        "--trials",
+        type=_positive,
+        metavar="N",
+        help="trials in all, earlier ones counted; same as --set tune.trials=N",
+    )
+    tune.add_argument(
+        "--timeout",
+        type=_positive,
+        metavar="SECONDS",
+        help="begin no further trial after so long; same as --set tune.timeout=SECONDS",
     )
 
 
@@ -295,6 +339,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     report = evaluate.run(config, out, force=arguments.force)
     print(evaluate.summary(report))
     return _made(report.path)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    for name in ("task", "trials", "timeout"):
+        if (given := getattr(arguments, name)) is not None:
+            arguments.settings.append(f"tune.{name}={given}")
+    config, out = _config(arguments)
+    from tfrec import tune
+
+    found = tune.run(config, out, force=arguments.force)
+    print(tune.summary(found))
+    return _made(found.path)
 
 
 def _made(path: Path) -> int:

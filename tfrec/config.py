@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ OBJECTIVES = (*SEQUENCE_OBJECTIVES, "mlm")
 FILE = "config.json"
 """What a run was told, in its folder."""
 
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BARE_LIST = re.compile(r"""\[[^][{}"']*\]""")
 
 
@@ -395,6 +396,83 @@ class RecommendConfig(Section):
     exclude_seen: bool = Field(True, description="items of the history are not recommended")
 
 
+class TuneConfig(Section):
+    """The search for better settings of `[adapt]`, by their validation NDCG@10."""
+
+    task: Literal["retrieval", "ranking"] = Field(
+        "retrieval", description="whose settings; ranking: on the retrieval of this configuration"
+    )
+    trials: int = Field(
+        20, ge=1, le=100_000, description="trials in all, those of earlier calls counted"
+    )
+    timeout: float = Field(
+        0.0, ge=0, description="seconds after which no further trial begins; 0: no limit"
+    )
+    epochs: int = Field(
+        0, ge=0, description="most epochs of a trial; 0: as many as the configuration says"
+    )
+    pruner: Literal["median", "hyperband", "none"] = Field(
+        "median", description="what ends a trial early whose validations are behind the others'"
+    )
+    space: dict[str, Any] = Field(
+        default_factory=dict,
+        description="key -> its choices as a list, or {low, high, log, step}, e.g. "
+        "adapt.retrieval.layers = [1, 2]; empty: the task's own space (docs/tune.md)",
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _keys_are_whole(cls, space: Any) -> Any:
+        """TOML reads a dotted key as tables in tables."""
+        return dict(_dimensions(space)) if isinstance(space, dict) else space
+
+    @field_validator("space")
+    @classmethod
+    def _dimensions_have_values(cls, space: dict[str, Any]) -> dict[str, Any]:
+        for key, told in space.items():
+            if problem := _wrong_with(told):
+                raise ValueError(f"{key} {problem}")
+        return space
+
+
+def _dimensions(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value and not set(value) & _RANGE:
+            yield from _dimensions(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+_RANGE = {"low", "high", "log", "step"}
+
+
+def _ends(told: Mapping[str, Any]) -> list[Any]:
+    """The smallest and largest value of a range, and the one beside the smallest."""
+    return [told["low"], told["high"], *([told["low"] + told["step"]] if "step" in told else [])]
+
+
+def _wrong_with(told: Any) -> str:
+    """What keeps a dimension of the search space from being one; empty: nothing."""
+    if isinstance(told, list):
+        plain = all(isinstance(value, str | int | float) for value in told)
+        return "" if told and plain else f"= {told}: a list of choices holds texts or numbers"
+    if not isinstance(told, dict) or not {"low", "high"} <= set(told) <= _RANGE:
+        return f"= {told}: neither a list of choices nor {{low, high}} with log or step"
+    numbers = [told[name] for name in ("low", "high", "step") if name in told]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+        return f"= {told}: low, high and step are numbers"
+    log, step = told.get("log", False), told.get("step")
+    if not isinstance(log, bool) or (log and step is not None):
+        return f"= {told}: log is true or false, and true goes without a step"
+    if (
+        told["low"] >= told["high"]
+        or (log and told["low"] <= 0)
+        or (step is not None and step <= 0)
+    ):
+        return f"= {told}: low is below high, above 0 with log, and a step above 0"
+    return ""
+
+
 class Config(Section):
     """Everything a run is told, from raw files to recommendations."""
 
@@ -405,6 +483,19 @@ class Config(Section):
     adapt: AdaptConfig = AdaptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="after")
+    def _what_is_searched_can_be_set(self) -> Config:
+        for key, told in self.tune.space.items():
+            if not _searched(key, self.tune.task):
+                raise ConfigError(_why_not_searched(key, self.tune.task))
+            for value in told if isinstance(told, list) else _ends(told):
+                try:
+                    self.changed({key: value})
+                except ConfigError as error:
+                    raise ConfigError(f"tune.space: {error}") from None
+        return self
 
     @classmethod
     def load(cls, what: str, settings: Sequence[str] = ()) -> Config:
@@ -429,6 +520,29 @@ class Config(Section):
     def dump(self) -> dict[str, Any]:
         """Returns plain values from which :meth:`parse` makes an equal Config."""
         return self.model_dump(mode="json")
+
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """The same with other values at some ``section.key``, and with nothing to search.
+
+        Raises:
+          ConfigError: a key is unknown or a value wrong.
+        """
+        tree = self.dump()
+        del tree["tune"]
+        for key, value in values.items():
+            _put(tree, key.split("."), value)
+        return Config.parse(tree)
+
+    def toml(self) -> str:
+        """What differs from the defaults, as the text of a file that :meth:`load` reads."""
+        return "\n".join(_toml({"name": self.name, **_difference(self.dump(), Config().dump())}))
+
+    def at(self, key: str) -> Any:
+        """The value at ``section.key``."""
+        value: Any = self.dump()
+        for part in key.split("."):
+            value = value[part]
+        return value
 
 
 def presets() -> list[str]:
@@ -464,12 +578,74 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set takes section.key=value, and got '{setting}'")
+    _put(tree, parts, _value(value.strip()))
+
+
+def _put(tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {setting}: '{part}' is a value and holds no keys")
-    node[parts[-1]] = _value(value.strip())
+            raise ConfigError(f"{'.'.join(parts)}: '{part}' is a value and holds no keys")
+    node[parts[-1]] = value
+
+
+def _difference(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a tree is not in another of the same sections."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        default = other.get(key)
+        # A table of the user's own keys replaces the default one, and does not add to it.
+        if isinstance(value, dict) and isinstance(default, dict) and default:
+            value = _difference(value, default)
+            if value:
+                found[key] = value
+        elif value != default:
+            found[key] = value
+    return found
+
+
+def _toml(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    inner = {key: value for key, value in tree.items() if isinstance(value, dict)}
+    if path and len(inner) < len(tree):
+        yield f"[{path}]"
+    for key, value in tree.items():
+        if key not in inner:
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
+    if len(inner) < len(tree):
+        yield ""
+    for key, value in inner.items():
+        yield from _toml(value, f"{path}.{_toml_key(key)}" if path else _toml_key(key))
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    """Numbers, booleans, texts and lists of them are written as in JSON, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_SEARCHED_BESIDE = {"retrieval": ("adapt.text", "adapt.text_mode", "adapt.text_length")}
+
+
+def _searched(key: str, task: str) -> bool:
+    return key.startswith(f"adapt.{task}.") or key in _SEARCHED_BESIDE.get(task, ())
+
+
+def _why_not_searched(key: str, task: str) -> str:
+    short = key.removeprefix("adapt.").removeprefix(f"{task}.")
+    known = list((RetrievalConfig if task == "retrieval" else RankingConfig).model_fields)
+    hint = f"adapt.{task}.{short}"
+    if short not in known:
+        close = difflib.get_close_matches(short.rpartition(".")[2], known, n=1, cutoff=0.5)
+        hint = f"adapt.{task}.{close[0]}" if close else ""
+    others = "".join(f", {other}" for other in _SEARCHED_BESIDE.get(task, ()))
+    return (
+        f"tune.space names '{key}', and a search for {task} changes adapt.{task}.*{others} only"
+        + (f"; did you mean '{hint}'?" if hint else "")
+    )
 
 
 def _value(text: str) -> Any:
@@ -490,6 +666,8 @@ def _value(text: str) -> Any:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
+    if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
+        return str(cause)
     if first["type"] == "extra_forbidden":
         *section, key = [str(part) for part in first["loc"]]
         known = _known_keys(section)

@@ -39,6 +39,7 @@ TRAIN = {
     "scipy": "",
     "implicit": "0.7.3",
     "matplotlib": "",
+    "optuna": "",
 }
 """Packages of the extra `train` -> how their version must begin: others do not work together."""
 TRACKING = ("wandb", "mlflow")

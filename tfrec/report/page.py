@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from tfrec.metrics import RANKING
+from tfrec.report.parts import (
+    document,
+    figure,
+    findings,
+    note,
+    pairs,
+    pairs_table,
+    section,
+    table,
+    tile,
+)
 from tfrec.report.plots import COLOURS, FEW, figures
-from tfrec.report.style import CSS
 from tfrec.report.text import MEANING, in_order, interval_text, label, number, value_of
 
 Tree = Mapping[str, Any]
@@ -24,30 +34,20 @@ def page(tree: Tree) -> str:
     drawn = figures(tree)
     body = [
         _header(tree),
-        _section("The models", _findings(tree) + _summary(tree) + _figure(drawn, "models")),
-        _section("Accuracy at every k", _figure(drawn, "by_k") + _every_k(tree)),
-        _section("Beyond accuracy", _beyond(drawn)),
-        _section("For whom, and for which items", _for_whom(tree, drawn)),
-        _section("Cold start", _by_events(tree, drawn) + _cold_items(tree)),
-        _section("Predictions of the ranker", _predictions(tree, drawn)),
-        _section("Examples", _examples(tree)),
-        _section("Training", _training(tree, drawn)),
-        _section("The data", _data(tree)),
-        _section("How it was measured", _how(tree)),
+        section(
+            "The models", findings(tree["findings"]) + _summary(tree) + figure(drawn, "models")
+        ),
+        section("Accuracy at every k", figure(drawn, "by_k") + _every_k(tree)),
+        section("Beyond accuracy", _beyond(drawn)),
+        section("For whom, and for which items", _for_whom(tree, drawn)),
+        section("Cold start", _by_events(tree, drawn) + _cold_items(tree)),
+        section("Predictions of the ranker", _predictions(tree, drawn)),
+        section("Examples", _examples(tree)),
+        section("Training", _training(tree, drawn)),
+        section("The data", _data(tree)),
+        section("How it was measured", _how(tree)),
     ]
-    title = escape(f"{tree['name']}: evaluation")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+    return document(f"{tree['name']}: evaluation", body)
 
 
 def _header(tree: Tree) -> str:
@@ -56,7 +56,7 @@ def _header(tree: Tree) -> str:
     top = models[-1]
     protocol = tree["protocol"]
     tiles = [
-        _tile(label(f"{name}@{k}"), number(name, value_of(top, f"{name}@{k}")), about)
+        tile(label(f"{name}@{k}"), number(name, value_of(top, f"{name}@{k}")), about)
         for name, about in (
             ("ndcg", top["name"]),
             ("hr", "users with a hit"),
@@ -66,9 +66,9 @@ def _header(tree: Tree) -> str:
     against = [c for c in tree["comparisons"] if c["role"] == "baseline" and c["ratio"]]
     if against:
         gain = f"{against[0]['ratio'] - 1:+.0%}"
-        tiles.insert(1, _tile("against the best baseline", gain, against[0]["to"]))
+        tiles.insert(1, tile("against the best baseline", gain, against[0]["to"]))
     tiles.append(
-        _tile("users", f"{protocol['users']:,}", f"{protocol['targets']:,} held-out events")
+        tile("users", f"{protocol['users']:,}", f"{protocol['targets']:,} held-out events")
     )
     return (
         f"<header><p class=over>tfrec {escape(tree['tfrec_version'])}, evaluation</p>"
@@ -77,17 +77,6 @@ def _header(tree: Tree) -> str:
         f"split {escape(protocol['split'])}, seed {tree['seed']}</p>"
         f"<div class=tiles>{''.join(tiles)}</div></header>"
     )
-
-
-def _tile(name: str, value: str, about: str) -> str:
-    return (
-        f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b>"
-        f"<span>{escape(about)}</span></div>"
-    )
-
-
-def _findings(tree: Tree) -> str:
-    return "<ul class=findings>" + "".join(f"<li>{escape(f)}" for f in tree["findings"]) + "</ul>"
 
 
 def _summary(tree: Tree) -> str:
@@ -111,7 +100,7 @@ def _model_table(tree: Tree, columns: Sequence[str]) -> str:
                 text = f"<b>{text}</b>"
             cells.append(f"{text}<small>{interval_text(model, metric)}</small>")
         rows.append(([_model_name(model), *cells], _css(model)))
-    return _table(["", *(label(m) for m in columns)], rows)
+    return table(["", *(label(m) for m in columns)], rows)
 
 
 def _css(model: Tree) -> str:
@@ -139,7 +128,7 @@ def _every_k(tree: Tree) -> str:
 
 
 def _beyond(drawn: Mapping[str, str]) -> str:
-    return _figure(drawn, "trade") + _figure(
+    return figure(drawn, "trade") + figure(
         drawn,
         "exposure",
         "Grey bars: where the events of the data are. A line above them at the right recommends "
@@ -149,8 +138,8 @@ def _beyond(drawn: Mapping[str, str]) -> str:
 
 def _for_whom(tree: Tree, drawn: Mapping[str, str]) -> str:
     return (
-        _figure(drawn, "history")
-        + _figure(drawn, "target_popularity", f"Segments of fewer than {FEW} are not drawn.")
+        figure(drawn, "history")
+        + figure(drawn, "target_popularity", f"Segments of fewer than {FEW} are not drawn.")
         + _by_decile(tree)
     )
 
@@ -168,7 +157,7 @@ def _by_decile(tree: Tree) -> str:
         of = {row["segment"]: row["count"] for row in tree["models"][0]["segments"]["popularity"]}
         rows.append((["targets", *(f"{of.get(str(d), 0):,}" for d in range(1, 11))], ""))
         head = [label(metric), *map(str, range(1, 11))]
-        out += _table(head, rows)
+        out += table(head, rows)
     title = "Metrics by tenth of the items that the target is in, 10 the most popular"
     return f"<details><summary>{title}</summary>{out}</details>"
 
@@ -177,7 +166,7 @@ def _by_events(tree: Tree, drawn: Mapping[str, str]) -> str:
     told = tree["by_events"]
     if not told:
         return ""
-    return _figure(
+    return figure(
         drawn,
         "by_events",
         f"The same {told['users']:,} users and {told['targets']:,} held-out events at every point: "
@@ -200,7 +189,7 @@ def _cold_items(tree: Tree) -> str:
         for model in told["models"]
     ]
     head = ["", *(f"{label(m)}, {w}" for w in ("cold items only", "whole catalog") for m in names)]
-    return _table(head, rows) + _note(
+    return table(head, rows) + note(
         f"The {told['items']:,} items that all events were held out of, averaged over the "
         f"{told['users']:,} users who have such an event. Among these items alone chance would "
         f"give Recall@{told['k']} {told['chance']:.4f}; the baselines cannot tell them apart."
@@ -228,13 +217,13 @@ def _predictions(tree: Tree, drawn: Mapping[str, str]) -> str:
         if "auc" in t
     ]
     head = ["", "events", "positive", "AUC", "log-loss", "log-loss of the mean rate", "ECE"]
-    out = _table(head, classes, "narrow") if classes else ""
+    out = table(head, classes, "narrow") if classes else ""
     for task, t in told:
         if "rmse" in t:
             cells = [escape(task), f"{t['events']:,}", _maybe(t["rmse"]), _maybe(t["mae"])]
             head = ["", "events", "RMSE", "MAE", "RMSE of always the mean"]
-            out += _table(head, [([*cells, _maybe(t["rmse_of_the_mean"])], "")], "narrow")
-    return out + _note(tree["predictions_note"]) + _figure(drawn, "calibration")
+            out += table(head, [([*cells, _maybe(t["rmse_of_the_mean"])], "")], "narrow")
+    return out + note(tree["predictions_note"]) + figure(drawn, "calibration")
 
 
 def _examples(tree: Tree) -> str:
@@ -264,21 +253,21 @@ def _item(item: Tree) -> str:
 
 
 def _training(tree: Tree, drawn: Mapping[str, str]) -> str:
-    return _figure(drawn, "learning") + _settings(tree)
+    return figure(drawn, "learning") + _settings(tree)
 
 
 def _settings(tree: Tree) -> str:
     rows = []
     for model in tree["models"]:
         tried = "; ".join(
-            f"{_pairs({k: v for k, v in p.items() if k != 'ndcg@10'})}: {p['ndcg@10']:.4f}"
+            f"{pairs({k: v for k, v in p.items() if k != 'ndcg@10'})}: {p['ndcg@10']:.4f}"
             for p in model["tried"]
         )
         if model["settings"]:
-            cells = [_model_name(model), escape(_pairs(model["settings"])), escape(tried)]
+            cells = [_model_name(model), escape(pairs(model["settings"])), escape(tried)]
             rows.append((cells, ""))
     head = ["", "settings", "tried on the validation events, NDCG@10"]
-    return _table(head, rows, "prose") if rows else ""
+    return table(head, rows, "prose") if rows else ""
 
 
 def _data(tree: Tree) -> str:
@@ -299,54 +288,17 @@ def _data(tree: Tree) -> str:
     for what in ("user", "item"):
         told = data.get(f"{what}_attributes") or {}
         who += [(f"{what} attribute {name}", kind) for name, kind in told.items()]
-    return f"<div class=columns>{_pairs_table(events)}{_pairs_table(who)}</div>"
+    return f"<div class=columns>{pairs_table(events)}{pairs_table(who)}</div>"
 
 
 def _how(tree: Tree) -> str:
     protocol = "".join(f"<li>{escape(line)}" for line in tree["protocol"]["notes"])
-    seconds = _pairs_table((t["what"], f"{t['seconds']:,.1f} s") for t in tree["seconds"])
+    seconds = pairs_table((t["what"], f"{t['seconds']:,.1f} s") for t in tree["seconds"])
     config = escape(json.dumps(tree["config"], indent=2, ensure_ascii=False))
     return (
         f"<ul>{protocol}</ul><details><summary>Time it took</summary>{seconds}</details>"
         f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
     )
-
-
-def _figure(drawn: Mapping[str, str], name: str, caption: str = "") -> str:
-    if name not in drawn:
-        return ""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{drawn[name]}{below}</figure>"
-
-
-def _note(text: str) -> str:
-    return f"<p class=note>{escape(text)}</p>"
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], str]], kind: str = "") -> str:
-    top = "".join(f"<th>{escape(cell)}" for cell in head)
-    body = "".join(
-        f'<tr class="{css}">' + "".join(f"<td>{cell}" for cell in cells) for cells, css in rows
-    )
-    return f'<div class=wide><table class="{kind}"><thead><tr>{top}<tbody>{body}</table></div>'
-
-
-def _pairs_table(pairs: Iterable[tuple[str, Any]]) -> str:
-    told = [(name, value) for name, value in pairs if value is not None]
-    rows = [([escape(name), escape(_plain(value))], "") for name, value in told]
-    return _table(["", ""], rows, "pairs")
-
-
-def _pairs(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _maybe(value: float | None) -> str:

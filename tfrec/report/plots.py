@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tfrec.report.drawing import GRID, INK, WIDTH, Tree, panels, svgs
 from tfrec.report.text import in_order, label, value_of
-
-Tree = Mapping[str, Any]
-
-# Stands for the page's text colour until the SVG is written.
-_INK = "#010203"
-_GRID = "#8a93a3"
 
 COLOURS = {
     "ranking": "#2f6fed",
@@ -34,29 +25,7 @@ COLOURS = {
 FEW = 10
 """Segments of fewer users or targets are not drawn; report.json has them."""
 
-_WIDTH = 10.0  # inches: all figures are as wide as the page, so that their texts are as large
-
 _SEGMENT_TITLES = {"history": "length of history", "popularity": "popularity of the target"}
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _GRID,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-}
 
 
 def figures(tree: Tree) -> dict[str, str]:
@@ -72,40 +41,13 @@ def figures(tree: Tree) -> dict[str, str]:
         "by_events": _by_events,
         "calibration": _calibration,
     }
-    out = {}
-    for name, make in makers.items():
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-            figure = make(tree)
-            if figure is not None:
-                out[name] = _svg(figure)
-    return out
-
-
-def _svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
-    text = stream.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # The page gives the width; namespaces are not needed inside HTML.
-    head, body = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    return f'<svg {box.group() if box else ""} role="img">{body}'
-
-
-def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(axis="y")
-        axis.set_axisbelow(True)
-    return figure, list(axes)
+    return svgs(makers, tree)
 
 
 def _models(tree: Tree) -> Figure:
     names = [f"{m}@{tree['k']}" for m in ("ndcg", "hr")]
     models = tree["models"][::-1]
-    figure, axes = _figure(2, _WIDTH, 0.8 + 0.42 * len(models))
+    figure, axes = panels(2, WIDTH, 0.8 + 0.42 * len(models))
     for axis, metric in zip(axes, names, strict=True):
         axis.grid(visible=False, axis="y")
         for place, model in enumerate(models):
@@ -114,7 +56,7 @@ def _models(tree: Tree) -> Figure:
             low, high = estimate.get("low", mean), estimate.get("high", mean)
             axis.barh(place, mean, color=_colour(model), height=0.66)
             if high > low:
-                axis.plot([low, high], [place, place], color=_INK, lw=1.4, solid_capstyle="butt")
+                axis.plot([low, high], [place, place], color=INK, lw=1.4, solid_capstyle="butt")
             axis.annotate(
                 f"{mean:.4f}",
                 (max(high, mean), place),
@@ -134,7 +76,7 @@ def _models(tree: Tree) -> Figure:
 def _by_k(tree: Tree) -> Figure | None:
     if len(tree["ks"]) < 2:
         return None
-    figure, axes = _figure(2, _WIDTH, 3.4)
+    figure, axes = panels(2, WIDTH, 3.4)
     for axis, name in zip(axes, ("ndcg", "recall"), strict=True):
         for model in tree["models"]:
             values = [model["metrics"][f"{name}@{k}"]["mean"] for k in tree["ks"]]
@@ -151,12 +93,12 @@ def _by_k(tree: Tree) -> Figure | None:
 
 def _trade(tree: Tree) -> Figure:
     k = tree["k"]
-    figure, axes = _figure(2, _WIDTH, 3.2)
-    panels = [
+    figure, axes = panels(2, WIDTH, 3.2)
+    sides = [
         (f"coverage@{k}", "Accuracy and coverage", "more of the catalog"),
         (f"tail_share@{k}", "Accuracy and the long tail", "less of the popular"),
     ]
-    for axis, (across, title, meaning) in zip(axes, panels, strict=True):
+    for axis, (across, title, meaning) in zip(axes, sides, strict=True):
         for model in tree["models"]:
             x, y = value_of(model, across), value_of(model, f"ndcg@{k}")
             axis.scatter(x, y, s=80, color=_colour(model), label=model["name"], zorder=3)
@@ -174,10 +116,10 @@ def _learning(tree: Tree) -> Figure | None:
     curves = [(one["task"], one["history"]) for one in tree["learning"] if one["history"]]
     if not curves:
         return None
-    figure, axes = _figure(len(curves), _WIDTH, 3.2)
+    figure, axes = panels(len(curves), WIDTH, 3.2)
     for axis, (task, history) in zip(axes, curves, strict=True):
         loss, ndcg = _points(history, "loss"), _points(history, "ndcg@10")
-        axis.plot(*loss, color=_GRID)
+        axis.plot(*loss, color=GRID)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("epoch")
         axis.set_ylabel("training loss (grey)")
@@ -186,7 +128,7 @@ def _learning(tree: Tree) -> Figure | None:
             best = max(ndcg[1])
             epoch = ndcg[0][ndcg[1].index(best)]
             axis.set_title(f"Training of {task}: best {best:.4f} after epoch {epoch:g}")
-            _validation(axis.twinx(), *ndcg, COLOURS.get(task, _INK))
+            _validation(axis.twinx(), *ndcg, COLOURS.get(task, INK))
     return figure
 
 
@@ -212,7 +154,7 @@ def _target_popularity(tree: Tree) -> Figure:
 
 def _segments(tree: Tree, which: str, across: str, what: str) -> Figure:
     metric = f"ndcg@{tree['k']}"
-    figure, axes = _figure(1, _WIDTH, 3.4)
+    figure, axes = panels(1, WIDTH, 3.4)
     rows = tree["models"][0]["segments"][which]
     large = [row["count"] >= FEW for row in rows]
     rows = list(compress(rows, large))
@@ -239,7 +181,7 @@ def _by_events(tree: Tree) -> Figure | None:
     told = tree["by_events"]
     if not told:
         return None
-    figure, axes = _figure(2, _WIDTH, 3.4)
+    figure, axes = panels(2, WIDTH, 3.4)
     across = range(len(told["events"]))
     for axis, name in zip(axes, ("ndcg", "hr"), strict=True):
         metric = f"{name}@{told['k']}"
@@ -255,13 +197,13 @@ def _by_events(tree: Tree) -> Figure | None:
 
 
 def _exposure(tree: Tree) -> Figure:
-    figure, axes = _figure(1, _WIDTH, 3.4)
+    figure, axes = panels(1, WIDTH, 3.4)
     tenths = range(1, 11)
     axes[0].bar(
-        tenths, tree["popularity"]["history"], color=_GRID, alpha=0.35, label="events in the data"
+        tenths, tree["popularity"]["history"], color=GRID, alpha=0.35, label="events in the data"
     )
     axes[0].plot(
-        tenths, tree["popularity"]["targets"], "_", ms=22, color=_INK, label="held-out events"
+        tenths, tree["popularity"]["targets"], "_", ms=22, color=INK, label="held-out events"
     )
     for model in tree["models"]:
         axes[0].plot(
@@ -279,12 +221,12 @@ def _calibration(tree: Tree) -> Figure | None:
     tasks = [(task, told) for task, told in in_order(tree["predictions"]) if "auc" in told]
     if not tasks:
         return None
-    figure, axes = _figure(max(len(tasks), 2), _WIDTH, 3.6)
+    figure, axes = panels(max(len(tasks), 2), WIDTH, 3.6)
     for unused in axes[len(tasks) :]:
         unused.set_axis_off()
     for axis, (task, told) in zip(axes, tasks, strict=False):
         table: Sequence[Mapping[str, float]] = told["reliability"]
-        axis.plot([0, 1], [0, 1], ls=":", color=_GRID)
+        axis.plot([0, 1], [0, 1], ls=":", color=GRID)
         axis.plot(
             [row["predicted"] for row in table],
             [row["observed"] for row in table],
@@ -307,4 +249,4 @@ def _calibration(tree: Tree) -> Figure | None:
 
 
 def _colour(model: Mapping[str, Any]) -> str:
-    return COLOURS.get(model["key"], _GRID)
+    return COLOURS.get(model["key"], GRID)

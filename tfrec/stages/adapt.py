@@ -9,7 +9,7 @@ events (cut ``final``, which recommends).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,15 @@ Times = NDArray[np.int64]
 REFIT_RATE = 0.5
 
 
-def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifact:
+def run(
+    config: Config,
+    out: Path,
+    task: Task,
+    *,
+    force: bool = False,
+    inputs: Path | None = None,
+    watching: Sequence[Any] = (),
+) -> Artifact:
     """Trains the model of a task on ``out/prepare`` and leaves it at ``out/adapt/<task>``.
 
     A training that was killed goes on from its last checkpoint; one that is already there is not
@@ -88,6 +96,8 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
       out: The run's folder.
       task: ``retrieval``, or ``ranking``, which needs the retrieval of the same run.
       force: Train anew in any case.
+      inputs: The run's folder whose artifacts are read, if it is not ``out``.
+      watching: Further tf_keras callbacks of the training that chooses; an error of theirs ends it.
 
     Returns:
       An artifact of the kind of the task.
@@ -97,12 +107,12 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
       InputError: there is nothing to train on.
       TrainingDivergedError: the loss became NaN.
     """
-    out = Path(out)
-    parents = {"dataset": Artifact.load(out / "prepare", "dataset")}
+    out, inputs = Path(out), Path(inputs or out)
+    parents = {"dataset": Artifact.load(inputs / "prepare", "dataset")}
     if task == "retrieval" and config.adapt.encoder:
-        parents["encoder"] = Artifact.load(base_folder(config.adapt.encoder, out), ENCODER)
+        parents["encoder"] = Artifact.load(base_folder(config.adapt.encoder, inputs), ENCODER)
     if task == "ranking":
-        parents["retrieval"] = Artifact.load(out / "adapt" / "retrieval", "retrieval")
+        parents["retrieval"] = Artifact.load(inputs / "adapt" / "retrieval", "retrieval")
     recipe = _recipe(config, task)
     folder = out / "adapt" / task
     found = None if force else current(folder, kind=task, config=recipe, parents=parents)
@@ -113,7 +123,8 @@ def run(config: Config, out: Path, task: Task, *, force: bool = False) -> Artifa
     work = folder.with_name(f".{task}.work") / digest[:16]
     if force and placement.chief:
         discard(work)
-    job = _Job(config, out, work, Dataset.load(parents["dataset"]), parents, placement)
+    dataset = Dataset.load(parents["dataset"])
+    job = _Job(config, out, work, dataset, parents, placement, watching)
     _publish(job, folder, task, recipe)
     return Artifact.peek(folder, task)
 
@@ -136,6 +147,7 @@ class _Job:
     dataset: Dataset
     parents: Mapping[str, Artifact]
     placement: Placement
+    watching: Sequence[Any] = ()
 
     @property
     def adapt(self) -> AdaptConfig:
@@ -166,7 +178,8 @@ class _Job:
         return events.select(chosen[events.user])
 
     def trackers(self, name: str) -> list[Any]:
-        return callbacks(self.adapt.tracking, self.out, name, self.config.dump())
+        trackers = callbacks(self.adapt.tracking, self.out, name, self.config.dump())
+        return [*trackers, *self.watching]
 
 
 def _publish(job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]) -> None:
