@@ -389,6 +389,41 @@ class TestScore:
             own = np.unique(plain.interactions.histories([user])[0])
             np.testing.assert_allclose(row, linear.weights[own].sum(0), rtol=1e-5)
 
+    def test_linear_scores_of_some_items_are_the_same_bits_as_those_of_all(self, linear, plain):
+        who = plain.who(plain.interactions, np.arange(6, dtype=np.int32))
+        rows = np.array([[3, 1, 0, 12], [2, 2, 5, 13]] * 3, np.int32)  # 13 was added later
+        whole = np.pad(linear.scores(who.seen), ((0, 0), (0, 1)))
+        some = linear.scores_of(who.seen, rows)
+        np.testing.assert_array_equal(some, np.take_along_axis(whole, rows, axis=1))
+
+    def test_sharing_what_is_computed_changes_no_bit_and_computes_it_once(
+        self, model, linear, monkeypatch
+    ):
+        policy = Policy(3, 4, {"retrieval": 1.0, "linear": 0.5, "text": 0.7, "click": 0.1})
+        recommender = make(model, ITEMS + NEWCOMERS, policy=policy, linear=linear)
+        asked = recommender.who(recommender.interactions, np.arange(6, dtype=np.int32))
+        query, evidence = recommender.queries(asked), recommender.evidence(asked, policy)
+        index = recommender.index
+        shared = recommender.candidates(asked, query, 3, None, index, policy, evidence)
+        rows = recommender.candidates(asked, query, 3, None, index, policy)
+        np.testing.assert_array_equal(shared, rows)
+        rows[:, 0] = ITEMS + NEWCOMERS
+        alone = recommender.parts(asked, query, rows, policy)
+        for name, values in recommender.parts(asked, query, rows, policy, evidence).items():
+            np.testing.assert_array_equal(values, alone[name])
+
+        calls = []
+
+        def counted(name, function):
+            return lambda *given: (calls.append(name), function(*given))[1]
+
+        for name in ("scores", "scores_of"):
+            monkeypatch.setattr(LinearItems, name, counted(name, getattr(LinearItems, name)))
+        queries = counted("text_queries", recommender.text_queries)
+        monkeypatch.setattr(recommender, "text_queries", queries)
+        recommender.chain(asked, 3, None, index, policy)
+        assert sorted(calls) == ["scores", "text_queries"]
+
     def test_text_brings_candidates_of_its_own_and_favours_what_is_alike(self, model):
         policy = Policy(1, 4, {"retrieval": 1e-9, "text": 1.0})
         recommender = make(model, policy=policy)

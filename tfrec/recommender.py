@@ -117,7 +117,8 @@ class LinearItems:
         known = rows < len(self.weights)
         wanted = np.where(known, rows, 0)
         for user, met in self._met(histories):
-            self.weights[met[:, None], wanted[user]].sum(axis=0, out=out[user])
+            for start in range(0, len(met), BLOCK):
+                out[user] += self.weights[met[start : start + BLOCK, None], wanted[user]].sum(0)
         return out * known
 
     def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -160,6 +161,20 @@ class Who:
     def seen(self) -> Ragged:
         """The items of their histories."""
         return Ragged(self.histories.offsets, self.histories.item)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What finding candidates and scoring them both need, computed once for a batch.
+
+    Attributes:
+      words: float32 (b, text width), text queries; None where text does not count.
+      linear: float32 (b, items + 1), the linear model's score of every item; None where it does
+        not count.
+    """
+
+    words: Floats | None = None
+    linear: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -307,8 +322,10 @@ class Recommender:
         query = self.queries(asked)
         if policy.plain:
             return index.search(query, k, exclude)
-        rows = self.candidates(asked, query, max(k, policy.candidates), exclude, index, policy)
-        parts = self.parts(asked, query, rows, policy)
+        evidence = self.evidence(asked, policy)
+        count = max(k, policy.candidates)
+        rows = self.candidates(asked, query, count, exclude, index, policy, evidence)
+        parts = self.parts(asked, query, rows, policy, evidence)
         score = np.zeros(rows.shape, np.float32)
         for name, weight in policy.score.items():
             if weight and name in parts:
@@ -322,6 +339,15 @@ class Recommender:
             asked.histories, self.vectors, asked.profile, asked.attributes, asked.request_time
         )
 
+    def evidence(self, asked: Who, policy: Policy) -> Evidence:
+        """What :meth:`candidates` and :meth:`parts` of the same batch and policy share."""
+        linear = self.linear if policy.uses("linear") else None
+        reads = self.text.shape[1] > 0 and policy.uses("text")
+        return Evidence(
+            words=self.text_queries(asked, policy) if reads else None,
+            linear=linear.scores(asked.seen) if linear is not None else None,
+        )
+
     def candidates(
         self,
         asked: Who,
@@ -330,6 +356,7 @@ class Recommender:
         exclude: Ragged | None = None,
         index: Index | None = None,
         policy: Policy | None = None,
+        evidence: Evidence | None = None,
     ) -> Rows:
         """What the sources that count for a policy find.
 
@@ -340,20 +367,22 @@ class Recommender:
           exclude: Rows that must not come.
           index: Where to look; None: the whole catalog.
           policy: None: the recommender's own.
+          evidence: That of these users and this policy; None: computed here.
 
         Returns:
           int32 (b, c), distinct catalog rows, and 0 in places that are not used.
         """
         index, policy = index or self.index, policy or self.policy
+        evidence = evidence or self.evidence(asked, policy)
         found = [index.search(query, count, exclude).ids]
-        if self.linear is not None and policy.uses("linear"):
-            ids = index.ids[index.ids < len(self.linear.weights)]
-            scores = self.linear.scores(asked.seen)[:, ids]
+        if evidence.linear is not None:
+            ids = index.ids[index.ids < evidence.linear.shape[1]]
+            scores = evidence.linear[:, ids]
             found.append(top_k(scores, ids, min(count, max(len(ids), 1)), exclude).ids)
-        if self.text.shape[1] and policy.uses("text"):
+        words = evidence.words
+        if words is not None:
             everything = index is self.index
             near = self.text_index if everything else ExactIndex(self.text[index.ids], index.ids)
-            words = self.text_queries(asked, policy)
             alike = near.search(words, count, exclude).ids
             found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
         return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
@@ -373,7 +402,12 @@ class Recommender:
         return np.asarray(mixed / np.maximum(length, 1e-9), np.float32)
 
     def parts(
-        self, asked: Who, query: Floats, rows: Rows, policy: Policy | None = None
+        self,
+        asked: Who,
+        query: Floats,
+        rows: Rows,
+        policy: Policy | None = None,
+        evidence: Evidence | None = None,
     ) -> dict[str, Floats]:
         """The parts of the score of the given candidates that count for a policy.
 
@@ -382,20 +416,27 @@ class Recommender:
           query: float32 (b, d), their query vectors.
           rows: int32 (b, c), candidates.
           policy: None: the recommender's own.
+          evidence: That of these users and this policy; None: what is needed is computed here.
 
         Returns:
           ``retrieval``, ``linear``, ``text``, ``popularity`` and the ranker's tasks, as far as they
           count -> float32 (b, c).
         """
-        policy = policy or self.policy
+        policy, evidence = policy or self.policy, evidence or Evidence()
         candidates = self.vectors[rows]
         retrieval = np.einsum("bd,bcd->bc", query, candidates).astype(np.float32)
         parts: dict[str, Floats] = {"retrieval": retrieval}
         linear = np.zeros(rows.shape, np.float32)
         if self.linear is not None and (policy.uses("linear") or policy.ranks):
-            linear = parts["linear"] = self.linear.scores_of(asked.seen, rows)
+            linear = parts["linear"] = (
+                self.linear.scores_of(asked.seen, rows)
+                if evidence.linear is None
+                else _places(evidence.linear, rows)
+            )
         if self.text.shape[1] and policy.uses("text"):
-            parts["text"] = _inner(self.text_queries(asked, policy), self.text, rows)
+            words = evidence.words
+            words = self.text_queries(asked, policy) if words is None else words
+            parts["text"] = _inner(words, self.text, rows)
         if policy.uses("popularity"):
             parts["popularity"] = np.log1p(self.popularity[rows])
         if policy.ranks:
@@ -613,6 +654,13 @@ def _rows_or_zeros(table: Floats, rows: NDArray[np.int64]) -> Floats:
     """Rows of a table; zeros for those below 0."""
     out = np.zeros((len(rows), table.shape[1]), np.float32)
     out[rows >= 0] = table[rows[rows >= 0]]
+    return out
+
+
+def _places(scores: Floats, rows: Rows) -> Floats:
+    """float32 (b, c): the scores (b, n) of the rows (b, c); 0 for rows from n on."""
+    known = rows < scores.shape[1]
+    out: Floats = np.take_along_axis(scores, np.where(known, rows, 0), axis=1) * known
     return out
 
 

@@ -634,8 +634,9 @@ def _validation_parts(
         part = slice(start, start + BLOCK)
         asked = base.who(base.interactions, users[part], times[part])
         query = base.queries(asked)
-        rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
-        all_parts.append(base.parts(asked, query, rows, policy))
+        seen, evidence = asked.seen, base.evidence(asked, policy)
+        rows = base.candidates(asked, query, policy.candidates, seen, None, policy, evidence)
+        all_parts.append(base.parts(asked, query, rows, policy, evidence))
         all_rows.append(rows)
     parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
     return parts, np.concatenate(all_rows)
