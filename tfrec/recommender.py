@@ -53,7 +53,8 @@ class Engine(Protocol):
 
         Args:
           inputs: ``query`` (b, d), ``history`` (b, h, d), ``history_mask`` (b, h), ``candidates``
-            (b, c, d), ``attributes`` (b, c, f), ``user_attributes`` (b, g), ``scalars``
+            (b, c, d), ``attributes`` (b, c, f), ``user_attributes`` (b, g), ``text`` (b, c, p)
+            and ``profile`` (b, p) in the :class:`TextDirections`, ``scalars``
             (b, c, len(SCALARS)).
         """
 
@@ -131,6 +132,44 @@ class LinearItems:
         for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
             if stop > start:
                 yield place, item[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class TextDirections:
+    """The directions in which a catalog's texts differ most: what the ranker reads of a text.
+
+    Attributes:
+      mean: float32 (text width,).
+      matrix: float32 (text width, p); along each direction the texts have a variance of 1.
+    """
+
+    mean: Floats
+    matrix: Floats
+
+    @classmethod
+    def of(cls, vectors: Floats, most: int) -> TextDirections | None:
+        """At most so many principal directions of float32 (n, text width).
+
+        Rows of zeros, which have no text, do not count. None: the others do not differ.
+        """
+        found = vectors[vectors.any(axis=1)] if most else vectors[:0]
+        if not len(found):
+            return None
+        mean = found.mean(axis=0)
+        _, size, directions = np.linalg.svd(found - mean, full_matrices=False)
+        spread = size / np.sqrt(len(found))
+        kept = min(most, int((spread > 1e-4).sum()))
+        if not kept:
+            return None
+        matrix = directions[:kept].T / spread[:kept]
+        return cls(mean.astype(np.float32), matrix.astype(np.float32))
+
+    def __call__(self, vectors: Floats) -> Floats:
+        """float32 (n, text width) -> (n, p); width 0 stays 0, and rows without text are zeros."""
+        if not vectors.shape[1]:
+            return vectors
+        told = vectors.any(axis=1, keepdims=True)
+        return np.asarray(((vectors - self.mean) @ self.matrix) * told, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +273,7 @@ class Recommender:
       policy: How scores are put together.
       linear: A linear item-item model as another source of candidates.
       index: An index of the vectors; made if not given.
+      directions: In which the ranker reads texts; None: it reads none.
     """
 
     def __init__(
@@ -249,11 +289,13 @@ class Recommender:
         policy: Policy | None = None,
         linear: LinearItems | None = None,
         index: Index | None = None,
+        directions: TextDirections | None = None,
     ) -> None:
         self.engine, self.catalog, self.users = engine, catalog, users
         self.interactions, self.coding = interactions, coding
         self.vectors, self.text, self.profile = vectors, text, profile
         self.policy, self.linear = policy or Policy(), linear
+        self.directions = directions
         rows = np.arange(1, len(catalog), dtype=np.int32)
         self.index = index or make_index(vectors[1:], rows)
         self.popularity = np.bincount(interactions.item, minlength=len(catalog)).astype(np.float32)
@@ -392,6 +434,15 @@ class Recommender:
         """Index of the vectors of the items' texts; row i of the catalog has id i."""
         return make_index(self.text[1:], np.arange(1, len(self.catalog), dtype=np.int32))
 
+    @functools.cached_property
+    def described(self) -> Floats:
+        """float32 (n + 1, p), the items' texts as the ranker reads them; p may be 0."""
+        return self.read(self.text)
+
+    def read(self, vectors: Floats) -> Floats:
+        """float32 (b, text width) -> (b, p), texts as the ranker reads them; p may be 0."""
+        return self.directions(vectors) if self.directions is not None else vectors[:, :0]
+
     def text_queries(self, asked: Who, policy: Policy) -> Floats:
         """float32 (b, text width): mean text of a history, recent events first; length 1 or 0."""
         vectors, mask = history_vectors(asked.histories, self.text, policy.history)
@@ -448,6 +499,8 @@ class Recommender:
                 "candidates": candidates,
                 "attributes": self.catalog.features[rows],
                 "user_attributes": asked.attributes,
+                "text": self.described[rows],
+                "profile": self.read(asked.profile),
                 "scalars": scalars(retrieval, linear, self.popularity[rows]),
             }
             parts |= self.engine.rank(inputs)
