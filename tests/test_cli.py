@@ -187,6 +187,7 @@ class TestStages:
             (["run"], "pipeline", (), "saved_models/movielens-100k"),
             (["prepare"], "prepare", (), "saved_models/movielens-100k/prepare"),
             (["evaluate"], "evaluate", (), "saved_models/movielens-100k/evaluate"),
+            (["adapt", "--task", "retrieval"], "adapt", ("retrieval",), "adapt"),
             (["adapt", "--task", "ranking"], "adapt", ("ranking",), "adapt"),
         ],
     )
@@ -201,6 +202,22 @@ class TestStages:
         printed_lines = capsys.readouterr().out.splitlines()
         assert printed_lines[-1].endswith(printed)
         assert printed_lines[:-1] == ([] if name == "adapt" else ["a summary"])
+
+    @pytest.mark.parametrize(
+        ("task", "tasks"),
+        [
+            ("ranking", ["like"]),
+            ("multitask", []),
+            ("rating", ["rating"]),
+            ("click", ["click"]),
+        ],
+    )
+    def test_a_task_of_the_ranker_sets_what_it_predicts(self, task, tasks, calls):
+        line = f"adapt movielens-100k --set adapt.ranking.tasks=[like] --task {task}"
+        assert cli.main(line.split()) == 0
+        ((_, config, _, given, _),) = calls
+        assert given == ("ranking",)
+        assert config.adapt.ranking.tasks == tasks
 
     def test_options_reach_the_configuration(self, calls, tmp_path):
         line = "run files --set adapt.epochs=7 --set evaluate.k=[3,4] --seed 5 --data-dir 1e3"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
@@ -56,10 +57,13 @@ def bounds(field: FieldInfo) -> dict[str, float]:
 
 def another_value(path: str, field: FieldInfo) -> Any:
     """A value that the key accepts and that is not its default."""
-    special = {
+    special: dict[str, Any] = {
         "data.columns": {"user_id": "customer"},
         "adapt.ranking.score": {"click": 0.5},
+        "adapt.ranking.tasks": ["click", "rating"],
+        "adapt.ranking.task_weights": {"rating": 0.5},
         "tune.space": {"adapt.retrieval.layers": [1, 3]},
+        "pretrain.objectives": {"masked": 0.5},
     }
     if path in special:
         return special[path]
@@ -351,3 +355,23 @@ class TestWrongFiles:
 def test_a_part_of_the_score_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="'clik' is no part of the score; did you mean 'click'"):
         Config.load("files", ["adapt.ranking.score={'clik': 1.0}".replace("'", '"')])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (['tasks=["click", "buy"]'], "'click', 'like', 'rating' or 'conversion'"),
+        (['tasks=["like", "like"]'], "a task comes twice"),
+        (["tasks=[conversion]"], "'conversion' needs 'click'"),
+        (['task_weights={"clik": 1.0}'], "'clik' is no task of the ranker; did you mean 'click'"),
+        (['task_weights={"like": -1.0}'], "must not be negative"),
+        (
+            ['task_weights={"like": 2.0}', "task_weighting=uncertainty"],
+            "drop one of the two",
+        ),
+        (["fusion=sum"], "'linear', 'gated' or 'mmoe'"),
+    ],
+)
+def test_what_the_ranker_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Config.load("files", [f"adapt.ranking.{setting}" for setting in settings])

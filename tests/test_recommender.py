@@ -11,7 +11,7 @@ from tfrec.data.catalog import Catalog, FeatureSchema, Users
 from tfrec.errors import InputError
 from tfrec.index import ExactIndex, Ragged
 from tfrec.models.engine import TensorFlowEngine
-from tfrec.recommender import LinearItems, Policy, Recommender, Request
+from tfrec.recommender import LinearItems, Policy, Recommender, Request, TextDirections
 
 ITEMS, NEWCOMERS = 12, 2
 GENRES = ("Drama", "War|Drama", "Comedy", "War")
@@ -27,6 +27,8 @@ class _Engine(TensorFlowEngine):
     def rank(self, inputs):
         """A ranker whose one task is known: newest first."""
         assert inputs["scalars"].shape == (*inputs["candidates"].shape[:2], 3)
+        assert inputs["text"].shape[:2] == inputs["candidates"].shape[:2]
+        assert inputs["profile"].shape == (len(inputs["query"]), 0)  # nobody has a profile
         return {"click": inputs["attributes"][:, :, 0]}
 
 
@@ -409,6 +411,41 @@ class TestScore:
             own = np.unique(plain.interactions.histories([user])[0])
             np.testing.assert_allclose(row, linear.weights[own].sum(0), rtol=1e-5)
 
+    def test_linear_scores_of_some_items_are_the_same_bits_as_those_of_all(self, linear, plain):
+        who = plain.who(plain.interactions, np.arange(6, dtype=np.int32))
+        rows = np.array([[3, 1, 0, 12], [2, 2, 5, 13]] * 3, np.int32)  # 13 was added later
+        whole = np.pad(linear.scores(who.seen), ((0, 0), (0, 1)))
+        some = linear.scores_of(who.seen, rows)
+        np.testing.assert_array_equal(some, np.take_along_axis(whole, rows, axis=1))
+
+    def test_sharing_what_is_computed_changes_no_bit_and_computes_it_once(
+        self, model, linear, monkeypatch
+    ):
+        policy = Policy(3, 4, {"retrieval": 1.0, "linear": 0.5, "text": 0.7, "click": 0.1})
+        recommender = make(model, ITEMS + NEWCOMERS, policy=policy, linear=linear)
+        asked = recommender.who(recommender.interactions, np.arange(6, dtype=np.int32))
+        query, evidence = recommender.queries(asked), recommender.evidence(asked, policy)
+        index = recommender.index
+        shared = recommender.candidates(asked, query, 3, None, index, policy, evidence)
+        rows = recommender.candidates(asked, query, 3, None, index, policy)
+        np.testing.assert_array_equal(shared, rows)
+        rows[:, 0] = ITEMS + NEWCOMERS
+        alone = recommender.parts(asked, query, rows, policy)
+        for name, values in recommender.parts(asked, query, rows, policy, evidence).items():
+            np.testing.assert_array_equal(values, alone[name])
+
+        calls = []
+
+        def counted(name, function):
+            return lambda *given: (calls.append(name), function(*given))[1]
+
+        for name in ("scores", "scores_of"):
+            monkeypatch.setattr(LinearItems, name, counted(name, getattr(LinearItems, name)))
+        queries = counted("text_queries", recommender.text_queries)
+        monkeypatch.setattr(recommender, "text_queries", queries)
+        recommender.chain(asked, 3, None, index, policy)
+        assert sorted(calls) == ["scores", "text_queries"]
+
     def test_text_brings_candidates_of_its_own_and_favours_what_is_alike(self, model):
         policy = Policy(1, 4, {"retrieval": 1e-9, "text": 1.0})
         recommender = make(model, policy=policy)
@@ -484,6 +521,47 @@ class TestScore:
 
     def test_the_same_request_gives_the_same_list(self, chain):
         assert chain.recommend(REQUESTS, 5) == chain.recommend(REQUESTS, 5)
+
+
+class TestTextDirections:
+    def test_what_is_read_of_texts_is_centred_and_of_unit_variance(self):
+        rng = np.random.default_rng(0)
+        texts = (rng.normal(size=(200, 6)) * [9, 5, 1, 0, 0, 0] + 3).astype(np.float32)
+        texts[7] = 0  # has no text
+        found = TextDirections.of(texts, 2)
+        read = found(texts)
+        assert read.shape == (200, 2)
+        assert read.dtype == np.float32
+        assert not read[7].any()
+        known = np.delete(read, 7, axis=0)
+        np.testing.assert_allclose(known.mean(axis=0), 0, atol=1e-4)
+        np.testing.assert_allclose(known.T @ known / 199, np.eye(2), atol=1e-3)
+        # The widest directions are those along which the texts vary most.
+        np.testing.assert_allclose(np.abs(found.matrix[:2].diagonal()), [1 / 9, 1 / 5], rtol=0.1)
+
+    def test_there_are_no_more_than_texts_differ_in(self):
+        assert TextDirections.of(np.zeros((3, 4), np.float32), 2) is None
+        assert TextDirections.of(np.ones((3, 4), np.float32), 2) is None
+        assert TextDirections.of(np.eye(4, dtype=np.float32), 0) is None
+        assert TextDirections.of(np.eye(4, dtype=np.float32), 9).matrix.shape == (4, 3)
+
+    def test_the_ranker_reads_the_texts_of_candidates_and_of_who_asks(self, model, monkeypatch):
+        policy = Policy(3, 4, {"click": 1.0}, ("click",))
+        recommender = make(model, policy=policy)
+        recommender.directions = TextDirections.of(recommender.text, 2)
+        asked = recommender.who(recommender.interactions, np.array([2, 5], np.int32))
+        query = recommender.queries(asked)
+        asked = replace(asked, profile=np.eye(6, 5, dtype=np.float32)[[2, 5]])
+        given = {}
+        monkeypatch.setattr(_Engine, "rank", lambda self, inputs: given.update(inputs) or {})
+        rows = np.array([[1, 3], [2, 0]], np.int32)
+        recommender.parts(asked, query, rows)
+        expected = recommender.directions(recommender.text)[rows]
+        np.testing.assert_array_equal(given["text"], expected)
+        assert not given["text"][1, 1].any()
+        np.testing.assert_array_equal(given["profile"], recommender.directions(asked.profile))
+        assert given["profile"][0].any()
+        assert not given["profile"][1].any()
 
 
 class TestPredictions:

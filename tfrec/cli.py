@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 DONE, BUG, BAD_INPUT, ENVIRONMENT, INTERRUPTED, NOBODY_READS = 0, 1, 2, 3, 130, 141
 
+RANKERS = {"ranking": None, "multitask": [], "rating": ["rating"], "click": ["click"]}
+"""What --task says of the ranker: the value of adapt.ranking.tasks; None: as it is configured."""
+
 Handler = Callable[[argparse.Namespace], int]
 
 _ENVIRONMENT_ERRNOS = {
@@ -157,10 +160,11 @@ def _add_stages(verbs: Verbs) -> None:
         verbs,
         "adapt",
         _adapt,
-        "train a model on prepared data: leaves DIR/adapt/TASK",
+        "train a model on prepared data: leaves DIR/adapt/retrieval or DIR/adapt/ranking",
         (
             ("the two-tower model", "tfrec adapt movielens-100k --task retrieval"),
             ("then the ranker", "tfrec adapt movielens-100k --task ranking"),
+            ("or a ranker of ratings alone", "tfrec adapt movielens-100k --task rating"),
             (
                 "the two-tower model from an encoder that another run pretrained",
                 "tfrec adapt movielens-100k --task retrieval "
@@ -175,8 +179,10 @@ def _add_stages(verbs: Verbs) -> None:
     adapt.add_argument(
         "--task",
         required=True,
-        choices=("retrieval", "ranking"),
-        help="which model to train; ranking needs the retrieval model in DIR",
+        choices=("retrieval", *RANKERS),
+        help="retrieval: the two-tower; the others, which need it in DIR, train the ranker. "
+        "ranking: to predict what adapt.ranking.tasks says; multitask: all that the data supports; "
+        "rating, click: that alone",
     )
     adapt.add_argument(
         "--from",
@@ -326,10 +332,14 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 def _adapt(arguments: argparse.Namespace) -> int:
     if arguments.encoder is not None:
         arguments.settings.append(f"adapt.encoder={json.dumps(arguments.encoder)}")
+    tasks = RANKERS.get(arguments.task)
+    if tasks is not None:
+        arguments.settings.append(f"adapt.ranking.tasks={json.dumps(tasks)}")
     config, out = _config(arguments)
     from tfrec.stages import adapt
 
-    return _made(adapt.run(config, out, arguments.task, force=arguments.force).path)
+    task: Literal["retrieval", "ranking"] = "ranking" if arguments.task in RANKERS else "retrieval"
+    return _made(adapt.run(config, out, task, force=arguments.force).path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,7 +24,9 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 TuningMethod = Literal["head", "full", "lora", "adapter", "prompt", "bitfit"]
 BaselineName = Literal["popular", "item_knn", "ease", "als"]
 
-TASKS = ("click", "like", "rating", "conversion")
+RankerTask = Literal["click", "like", "rating", "conversion"]
+
+TASKS: tuple[RankerTask, ...] = get_args(RankerTask)
 """What a ranker can predict."""
 
 SCORE_PARTS = ("retrieval", "linear", "text", "popularity", *TASKS)
@@ -220,9 +222,34 @@ class RankingConfig(TrainingConfig):
         16, ge=1, description="events of each user, drawn at random, that the ranker learns from"
     )
     history: int = Field(50, ge=1, le=4096, description="events of a history that are read")
-    cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 cross layers")
-    experts: int = Field(4, ge=1, le=64, description="MMoE experts")
-    hidden: int = Field(64, ge=4, le=4096, description="width of an expert")
+    tasks: list[RankerTask] = Field(
+        default_factory=list,
+        description="what is predicted, among click, like, rating, conversion (which needs click); "
+        "empty: all that the data supports",
+    )
+    fusion: Literal["linear", "gated", "mmoe"] = Field(
+        "mmoe",
+        description="how retrieval scores, behaviour, the user and the item are put together: "
+        "a weighted sum of their features; an expert for each of the four, mixed by a gate a task; "
+        "crossed and read by experts, mixed by a gate a task",
+    )
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed",
+        description="how much each task counts in training: as task_weights says, or as learned "
+        "(Kendall et al. 2018)",
+    )
+    task_weights: dict[str, float] = Field(
+        default_factory=dict, description="fixed weight of each task's loss, 1 if not named"
+    )
+    text_width: int = Field(
+        32,
+        ge=0,
+        le=1024,
+        description="main directions of the texts of items and users that are read; 0: no text",
+    )
+    cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 cross layers (mmoe)")
+    experts: int = Field(4, ge=1, le=64, description="experts (mmoe)")
+    hidden: int = Field(64, ge=4, le=4096, description="width of an expert (gated, mmoe)")
     dropout: float = Field(
         0.1, ge=0, lt=1, description="share of the experts' inputs and outputs left out in a step"
     )
@@ -235,6 +262,34 @@ class RankingConfig(TrainingConfig):
         description="weight of each part of the final score (retrieval, linear, text, popularity, "
         "click, like, rating, conversion); empty: chosen on validation",
     )
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_can_be_together(cls, tasks: list[RankerTask]) -> list[RankerTask]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task comes twice")
+        if "conversion" in tasks and "click" not in tasks:
+            raise ValueError("'conversion' needs 'click' beside it")
+        return tasks
+
+    @field_validator("task_weights")
+    @classmethod
+    def _weights_are_of_tasks_and_not_negative(cls, weights: dict[str, float]) -> dict[str, float]:
+        for task, weight in weights.items():
+            if task not in TASKS:
+                raise ValueError(f"'{task}' is no task of the ranker" + _nearest(task, TASKS))
+            if weight < 0:
+                raise ValueError(f"the weight of '{task}' is {weight}, and must not be negative")
+        return weights
+
+    @model_validator(mode="after")
+    def _weights_are_given_or_learned(self) -> RankingConfig:
+        if self.task_weights and self.task_weighting == "uncertainty":
+            raise ValueError(
+                "task_weights are fixed, and task_weighting = 'uncertainty' learns them: "
+                "drop one of the two"
+            )
+        return self
 
     @field_validator("score")
     @classmethod

@@ -57,7 +57,8 @@ class Engine(Protocol):
 
         Args:
           inputs: ``query`` (b, d), ``history`` (b, h, d), ``history_mask`` (b, h), ``candidates``
-            (b, c, d), ``attributes`` (b, c, f), ``user_attributes`` (b, g), ``scalars``
+            (b, c, d), ``attributes`` (b, c, f), ``user_attributes`` (b, g), ``text`` (b, c, p)
+            and ``profile`` (b, p) in the :class:`TextDirections`, ``scalars``
             (b, c, len(SCALARS)).
         """
 
@@ -121,7 +122,8 @@ class LinearItems:
         known = rows < len(self.weights)
         wanted = np.where(known, rows, 0)
         for user, met in self._met(histories):
-            self.weights[met[:, None], wanted[user]].sum(axis=0, out=out[user])
+            for start in range(0, len(met), BLOCK):
+                out[user] += self.weights[met[start : start + BLOCK, None], wanted[user]].sum(0)
         return out * known
 
     def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -134,6 +136,44 @@ class LinearItems:
         for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
             if stop > start:
                 yield place, item[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class TextDirections:
+    """The directions in which a catalog's texts differ most: what the ranker reads of a text.
+
+    Attributes:
+      mean: float32 (text width,).
+      matrix: float32 (text width, p); along each direction the texts have a variance of 1.
+    """
+
+    mean: Floats
+    matrix: Floats
+
+    @classmethod
+    def of(cls, vectors: Floats, most: int) -> TextDirections | None:
+        """At most so many principal directions of float32 (n, text width).
+
+        Rows of zeros, which have no text, do not count. None: the others do not differ.
+        """
+        found = vectors[vectors.any(axis=1)] if most else vectors[:0]
+        if not len(found):
+            return None
+        mean = found.mean(axis=0)
+        _, size, directions = np.linalg.svd(found - mean, full_matrices=False)
+        spread = size / np.sqrt(len(found))
+        kept = min(most, int((spread > 1e-4).sum()))
+        if not kept:
+            return None
+        matrix = directions[:kept].T / spread[:kept]
+        return cls(mean.astype(np.float32), matrix.astype(np.float32))
+
+    def __call__(self, vectors: Floats) -> Floats:
+        """float32 (n, text width) -> (n, p); width 0 stays 0, and rows without text are zeros."""
+        if not vectors.shape[1]:
+            return vectors
+        told = vectors.any(axis=1, keepdims=True)
+        return np.asarray(((vectors - self.mean) @ self.matrix) * told, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +210,20 @@ class Who:
     def seen(self) -> Ragged:
         """The items of their histories."""
         return Ragged(self.histories.offsets, self.histories.item)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What finding candidates and scoring them both need, computed once for a batch.
+
+    Attributes:
+      words: float32 (b, text width), text queries; None where text does not count.
+      linear: float32 (b, items + 1), the linear model's score of every item; None where it does
+        not count.
+    """
+
+    words: Floats | None = None
+    linear: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +283,7 @@ class Recommender:
       policy: How scores are put together.
       linear: A linear item-item model as another source of candidates.
       index: An index of the vectors; made if not given.
+      directions: In which the ranker reads texts; None: it reads none.
     """
 
     def __init__(
@@ -244,11 +299,13 @@ class Recommender:
         policy: Policy | None = None,
         linear: LinearItems | None = None,
         index: Index | None = None,
+        directions: TextDirections | None = None,
     ) -> None:
         self.engine, self.catalog, self.users = engine, catalog, users
         self.interactions, self.coding = interactions, coding
         self.vectors, self.text, self.profile = vectors, text, profile
         self.policy, self.linear = policy or Policy(), linear
+        self.directions = directions
         rows = np.arange(1, len(catalog), dtype=np.int32)
         self.index = index or make_index(vectors[1:], rows)
         self.popularity = np.bincount(interactions.item, minlength=len(catalog)).astype(np.float32)
@@ -369,8 +426,10 @@ class Recommender:
         query = self.queries(asked)
         if policy.plain:
             return index.search(query, k, exclude)
-        rows = self.candidates(asked, query, max(k, policy.candidates), exclude, index, policy)
-        parts = self.parts(asked, query, rows, policy)
+        evidence = self.evidence(asked, policy)
+        count = max(k, policy.candidates)
+        rows = self.candidates(asked, query, count, exclude, index, policy, evidence)
+        parts = self.parts(asked, query, rows, policy, evidence)
         score = np.zeros(rows.shape, np.float32)
         for name, weight in policy.score.items():
             if weight and name in parts:
@@ -384,6 +443,15 @@ class Recommender:
             asked.histories, self.vectors, asked.profile, asked.attributes, asked.request_time
         )
 
+    def evidence(self, asked: Who, policy: Policy) -> Evidence:
+        """What :meth:`candidates` and :meth:`parts` of the same batch and policy share."""
+        linear = self.linear if policy.uses("linear") else None
+        reads = self.text.shape[1] > 0 and policy.uses("text")
+        return Evidence(
+            words=self.text_queries(asked, policy) if reads else None,
+            linear=linear.scores(asked.seen) if linear is not None else None,
+        )
+
     def candidates(
         self,
         asked: Who,
@@ -392,6 +460,7 @@ class Recommender:
         exclude: Ragged | None = None,
         index: Index | None = None,
         policy: Policy | None = None,
+        evidence: Evidence | None = None,
     ) -> Rows:
         """What the sources that count for a policy find.
 
@@ -402,20 +471,22 @@ class Recommender:
           exclude: Rows that must not come.
           index: Where to look; None: the whole catalog.
           policy: None: the recommender's own.
+          evidence: That of these users and this policy; None: computed here.
 
         Returns:
           int32 (b, c), distinct catalog rows, and 0 in places that are not used.
         """
         index, policy = index or self.index, policy or self.policy
+        evidence = evidence or self.evidence(asked, policy)
         found = [index.search(query, count, exclude).ids]
-        if self.linear is not None and policy.uses("linear"):
-            ids = index.ids[index.ids < len(self.linear.weights)]
-            scores = self.linear.scores(asked.seen)[:, ids]
+        if evidence.linear is not None:
+            ids = index.ids[index.ids < evidence.linear.shape[1]]
+            scores = evidence.linear[:, ids]
             found.append(top_k(scores, ids, min(count, max(len(ids), 1)), exclude).ids)
-        if self.text.shape[1] and policy.uses("text"):
+        words = evidence.words
+        if words is not None:
             everything = index is self.index
             near = self.text_index if everything else ExactIndex(self.text[index.ids], index.ids)
-            words = self.text_queries(asked, policy)
             alike = near.search(words, count, exclude).ids
             found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
         return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
@@ -424,6 +495,15 @@ class Recommender:
     def text_index(self) -> Index:
         """Index of the vectors of the items' texts; row i of the catalog has id i."""
         return make_index(self.text[1:], np.arange(1, len(self.catalog), dtype=np.int32))
+
+    @functools.cached_property
+    def described(self) -> Floats:
+        """float32 (n + 1, p), the items' texts as the ranker reads them; p may be 0."""
+        return self.read(self.text)
+
+    def read(self, vectors: Floats) -> Floats:
+        """float32 (b, text width) -> (b, p), texts as the ranker reads them; p may be 0."""
+        return self.directions(vectors) if self.directions is not None else vectors[:, :0]
 
     def text_queries(self, asked: Who, policy: Policy) -> Floats:
         """float32 (b, text width): mean text of a history, recent events first; length 1 or 0."""
@@ -435,7 +515,12 @@ class Recommender:
         return np.asarray(mixed / np.maximum(length, 1e-9), np.float32)
 
     def parts(
-        self, asked: Who, query: Floats, rows: Rows, policy: Policy | None = None
+        self,
+        asked: Who,
+        query: Floats,
+        rows: Rows,
+        policy: Policy | None = None,
+        evidence: Evidence | None = None,
     ) -> dict[str, Floats]:
         """The parts of the score of the given candidates that count for a policy.
 
@@ -444,20 +529,27 @@ class Recommender:
           query: float32 (b, d), their query vectors.
           rows: int32 (b, c), candidates.
           policy: None: the recommender's own.
+          evidence: That of these users and this policy; None: what is needed is computed here.
 
         Returns:
           ``retrieval``, ``linear``, ``text``, ``popularity`` and the ranker's tasks, as far as they
           count -> float32 (b, c).
         """
-        policy = policy or self.policy
+        policy, evidence = policy or self.policy, evidence or Evidence()
         candidates = self.vectors[rows]
         retrieval = np.einsum("bd,bcd->bc", query, candidates).astype(np.float32)
         parts: dict[str, Floats] = {"retrieval": retrieval}
         linear = np.zeros(rows.shape, np.float32)
         if self.linear is not None and (policy.uses("linear") or policy.ranks):
-            linear = parts["linear"] = self.linear.scores_of(asked.seen, rows)
+            linear = parts["linear"] = (
+                self.linear.scores_of(asked.seen, rows)
+                if evidence.linear is None
+                else _places(evidence.linear, rows)
+            )
         if self.text.shape[1] and policy.uses("text"):
-            parts["text"] = _inner(self.text_queries(asked, policy), self.text, rows)
+            words = evidence.words
+            words = self.text_queries(asked, policy) if words is None else words
+            parts["text"] = _inner(words, self.text, rows)
         if policy.uses("popularity"):
             parts["popularity"] = np.log1p(self.popularity[rows])
         if policy.ranks:
@@ -469,6 +561,8 @@ class Recommender:
                 "candidates": candidates,
                 "attributes": self.catalog.features[rows],
                 "user_attributes": asked.attributes,
+                "text": self.described[rows],
+                "profile": self.read(asked.profile),
                 "scalars": scalars(retrieval, linear, self.popularity[rows]),
             }
             parts |= self.engine.rank(inputs)
@@ -679,6 +773,13 @@ def _rows_or_zeros(table: Floats, rows: NDArray[np.int64]) -> Floats:
 
 def _stacked(parts: Sequence[TopK]) -> TopK:
     return TopK(np.concatenate([p.scores for p in parts]), np.concatenate([p.ids for p in parts]))
+
+
+def _places(scores: Floats, rows: Rows) -> Floats:
+    """float32 (b, c): the scores (b, n) of the rows (b, c); 0 for rows from n on."""
+    known = rows < scores.shape[1]
+    out: Floats = np.take_along_axis(scores, np.where(known, rows, 0), axis=1) * known
+    return out
 
 
 def _distinct(rows: Rows) -> Rows:

@@ -57,7 +57,7 @@ class Progress:
     Attributes:
       epoch: Epochs done.
       seconds: Time spent in them, validation left out.
-      best: Best validation NDCG@10 so far; -1 before the first.
+      best: Best validation so far, by NDCG@10 or another goal; -1 before the first.
       best_epoch: The epoch that had it.
       stale: Validations since then.
       history: A record for each epoch.
@@ -278,6 +278,7 @@ class Trainer:
         warmup: int | None = None,
         peak: float | None = None,
         validate: Callable[[], Metrics] | None = None,
+        goal: str = GOAL,
         averaged: bool = True,
         waited: int = 0,
         callbacks: Sequence[Any] = (),
@@ -294,7 +295,8 @@ class Trainer:
           schedule: Instead of the configured one.
           warmup: Steps, instead of the configured ones.
           peak: Learning rate, instead of the configured one.
-          validate: Returns metrics, among them ``ndcg@10``, of the model as it is.
+          validate: Returns metrics, among them the goal, of the model as it is.
+          goal: Name of the metric that chooses the weights; more is better.
           averaged: Whether it is the moving average of the weights, if there is one, that is
             validated and kept; it begins with the weights that the model has now.
           waited: Epochs of earlier fits that count for what waits before it moves.
@@ -319,7 +321,7 @@ class Trainer:
         state = keeper.resume()
         over = state.epoch >= epochs or (config.patience and state.stale >= config.patience)
         if not over:
-            loop = _Loop(state, keeper, epochs, steps, title, validate, waited)
+            loop = _Loop(state, keeper, epochs, steps, title, validate, waited, goal)
             try:
                 self.model.fit(
                     _distributed(batches, self.placement, state.epoch),
@@ -448,8 +450,10 @@ class _Loop(tf_keras.callbacks.Callback):
         title: str,
         validate: Callable[[], Metrics] | None,
         waited: int,
+        goal: str,
     ) -> None:
         super().__init__()
+        self.goal = goal
         self.state, self.keeper, self.config = state, keeper, keeper.config
         self.epochs, self.steps, self.title, self.validate = epochs, steps, title, validate
         self.waited = waited
@@ -514,8 +518,8 @@ class _Loop(tf_keras.callbacks.Callback):
         placement = self.keeper.placement
         with self.keeper.averaged():
             metrics: Metrics = placement.from_chief(validate() if placement.chief else {})
-            if metrics[GOAL] > self.state.best:
-                self.state.best, self.state.best_epoch = metrics[GOAL], self.state.epoch
+            if metrics[self.goal] > self.state.best:
+                self.state.best, self.state.best_epoch = metrics[self.goal], self.state.epoch
                 self.state.stale = 0
                 self.keeper.save_best(self.state.epoch)
             else:
@@ -525,7 +529,7 @@ class _Loop(tf_keras.callbacks.Callback):
     def _show(self, record: dict[str, float]) -> None:
         shown = {"loss": f"{record['loss']:.3f}"}
         if self.state.best >= 0:
-            shown[f"best {GOAL}"] = f"{self.state.best:.4f}"
+            shown[f"best {self.goal}"] = f"{self.state.best:.4f}"
         self.bar.set_postfix(shown, refresh=False)
 
     def _check(self) -> None:

@@ -8,7 +8,12 @@ from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.errors import ConfigError, InputError
 from tfrec.index import Ragged
-from tfrec.models.exposures import RankingBatches, Unseen, ranking_batches
+from tfrec.models.exposures import (
+    NothingToLearnError,
+    RankingBatches,
+    Unseen,
+    ranking_batches,
+)
 
 USERS, ITEMS, WIDTH = 9, 20, 4
 CONFIG = RankingConfig(batch_size=8, negatives=6, history=3, examples_per_user=3)
@@ -58,6 +63,8 @@ def batches(interactions: Interactions | None = None, **changes) -> RankingBatch
         "hard": None,
         "attributes": np.arange(ITEMS + 1, dtype=np.float32)[:, None],
         "user_attributes": np.arange(USERS, dtype=np.float32)[:, None],
+        "text": np.arange(ITEMS + 1, dtype=np.float32)[:, None] * 2,
+        "profile": np.arange(USERS, dtype=np.float32)[:, None] * 3,
         "scalars_of": row_and_user,
         "seed": 1,
         "tasks": ("click", "like", "rating", "conversion"),
@@ -136,7 +143,30 @@ def test_users_who_have_seen_everything_give_no_example():
             interactions.select(interactions.user == 2),
             vectors=np.zeros((3, WIDTH), np.float32),
             attributes=np.zeros((3, 0), np.float32),
+            text=np.zeros((3, 0), np.float32),
         )
+
+
+@pytest.mark.parametrize("tasks", [("rating",), ("like", "rating")])
+def test_without_clicks_rated_events_are_all_there_is(tasks):
+    interactions = events()
+    made = batches(interactions, tasks=tasks)
+    assert np.isfinite(interactions.rating[made.examples.event]).all()
+    (batch,) = drawn(made, 1)
+    assert batch["candidates"].shape == (8, 1, WIDTH)
+    assert {name for name in batch if name.startswith("label")} == {f"label_{t}" for t in tasks}
+    assert (batch["mask_rating"] == 1).all()
+    none = replace(interactions, rating=np.full(len(interactions), np.nan, np.float32))
+    with pytest.raises(NothingToLearnError, match="the later rated"):
+        batches(none, tasks=tasks)
+
+
+def test_texts_stand_beside_their_items_and_users():
+    made = batches()
+    index, rows = made.exposures(0, 0)
+    (batch,) = drawn(made, 1)
+    np.testing.assert_array_equal(batch["text"][:, :, 0], 2.0 * rows)
+    np.testing.assert_array_equal(batch["profile"][:, 0], 3.0 * made.examples.user[index])
 
 
 def test_examples_are_events_with_a_past_and_only_so_many_of_a_user():

@@ -11,7 +11,14 @@ from tfrec.errors import ConfigError, InputError
 from tfrec.models import keras_bridge
 from tfrec.models.exposures import ranking_batches
 from tfrec.models.keras_bridge import tf, tf_keras
-from tfrec.models.ranking import GatedExperts, Ranker, TargetAttention, product_cross_entropy
+from tfrec.models.named import named_variables
+from tfrec.models.ranking import (
+    GatedExperts,
+    GatedFusion,
+    Ranker,
+    TargetAttention,
+    product_cross_entropy,
+)
 
 CONFIG = RankingConfig(batch_size=32, negatives=3, history=5, hidden=8, experts=2, dropout=0.0)
 WIDTHS = {
@@ -19,6 +26,8 @@ WIDTHS = {
     "attributes_width": 2,
     "user_attributes_width": 1,
     "num_scalars": 2,
+    "text_width": 3,
+    "profile_width": 3,
 }
 
 
@@ -43,6 +52,8 @@ def inputs(rows: int = 4, columns: int = 3, seed: int = 0, **widths: int) -> dic
         "candidates": (rows, columns, w["embedding_dim"]),
         "attributes": (rows, columns, w["attributes_width"]),
         "user_attributes": (rows, w["user_attributes_width"]),
+        "text": (rows, columns, w["text_width"]),
+        "profile": (rows, w["profile_width"]),
         "scalars": (rows, columns, w["num_scalars"]),
     }
     out = {name: generator.normal(size=shape) for name, shape in shapes.items()}
@@ -53,6 +64,13 @@ def inputs(rows: int = 4, columns: int = 3, seed: int = 0, **widths: int) -> dic
         out[f"mask_{task}"] = generator.integers(0, 2, (rows, columns))
     out["weight"], out["denominator"] = np.ones(rows), np.array([rows])
     return {name: tf.constant(value, tf.float32) for name, value in out.items()}
+
+
+def fused(fusion: str = "mmoe", **changes: Any) -> RankingConfig:
+    return RankingConfig.model_validate(CONFIG.model_dump() | {"fusion": fusion} | changes)
+
+
+FUSIONS = ("linear", "gated", "mmoe")
 
 
 def outputs(model: Ranker, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -105,6 +123,8 @@ def batches_by_topic(users: int, seed: int) -> Any:
         hard=None,
         attributes=np.stack([rows % 2, rows * 0], axis=1).astype(np.float32),
         user_attributes=np.zeros((users, 1), np.float32),
+        text=np.zeros((61, 3), np.float32),
+        profile=np.zeros((users, 3), np.float32),
         scalars_of=lambda users, query, histories, rows: np.ones((*rows.shape, 2), np.float32),
         seed=seed,
         tasks=TASKS,
@@ -149,8 +169,10 @@ def test_a_compiled_training_step_does_what_eager_execution_says():
         np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_every_weight_is_there_from_the_start_and_learns():
-    model = ranker()
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+def test_every_weight_is_there_from_the_start_and_learns(fusion, weighting):
+    model = ranker(config=fused(fusion, task_weighting=weighting))
     names = len(model.variables)
     with tf.GradientTape() as tape:
         loss = model.compute_loss(inputs(rows=16), training=True)
@@ -293,20 +315,133 @@ def test_a_gate_mixes_the_experts_by_its_weights():
     np.testing.assert_allclose(layer(tf.ones([2, 5, 3]))[1, 4, :, 0], [6.0, 7.0], rtol=1e-6)
 
 
-def test_a_batch_gives_what_its_rows_and_columns_give_alone():
-    model, batch = ranker(), inputs(rows=4, columns=3)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_batch_gives_what_its_rows_and_columns_give_alone(fusion):
+    model, batch = ranker(config=fused(fusion)), inputs(rows=4, columns=3)
     whole = outputs(model, batch)
-    per_candidate = ("candidates", "attributes", "scalars")
+    per_candidate = ("candidates", "attributes", "text", "scalars")
     alone = {n: v[2:3, 1:2] if n in per_candidate else v[2:3] for n, v in batch.items()}
     assert_same(
         {task: values[2:3, 1:2] for task, values in whole.items()}, outputs(model, alone), 1e-5
     )
 
 
-@pytest.mark.parametrize("absent", ["attributes_width", "user_attributes_width", "num_scalars"])
-def test_what_a_catalog_does_not_have_may_be_of_width_0(absent):
-    model = ranker(**{absent: 0})
-    assert np.isfinite(model.compute_loss(inputs(**{absent: 0})))
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "absent",
+    [{name} for name in WIDTHS if name != "embedding_dim"]
+    + [set(WIDTHS) - {"embedding_dim"}, {"text_width", "attributes_width"}],
+)
+def test_what_a_catalog_does_not_have_may_be_of_width_0(absent, fusion):
+    nothing = dict.fromkeys(absent, 0)
+    model = ranker(config=fused(fusion), **nothing)
+    assert np.isfinite(model.compute_loss(inputs(**nothing)))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "source", ["query", "candidates", "attributes", "user_attributes", "text", "profile", "scalars"]
+)
+def test_every_source_reaches_every_task(fusion, source):
+    model, batch = ranker(config=fused(fusion)), inputs()
+    before = outputs(model, batch)
+    after = outputs(model, batch | {source: batch[source] + 3 * np.sin(batch[source] * 99)})
+    for task in TASKS:
+        assert np.abs(after[task] - before[task]).max() > 1e-5
+
+
+def test_linear_fusion_is_a_weighted_sum_of_the_features():
+    model, batch = ranker(config=fused("linear")), inputs()
+    features = np.concatenate([s.numpy() for s in model._sources(batch)], axis=-1)
+    kernel, bias = model.fusion.get_weights()
+    found = model._logits(batch, False)
+    for i, task in enumerate(TASKS):
+        np.testing.assert_allclose(
+            found[task], features @ kernel[:, i] + bias[i], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_gated_fusion_mixes_an_expert_of_each_source_by_the_gate_of_each_task():
+    layer = GatedFusion(fused("gated", hidden=4), tasks=2)
+    sources = [tf.ones([1, 1, 2]), tf.ones([1, 1, 3])]
+    layer(sources)
+    for value, expert in zip((4.0, 8.0), layer.experts, strict=True):
+        kernel, bias = expert.get_weights()
+        expert.set_weights([kernel * 0, bias + value])
+    layer.gates.set_weights([np.zeros((5, 4)), np.array([0, 0, 0, np.log(3)])])
+    for tower in layer.towers:
+        tower.narrow.set_weights([np.full((4, 2), 1 / 8), np.zeros(2)])
+        tower.logit.set_weights([np.ones((2, 1)), np.zeros(1)])
+    mixed = layer(sources)[0, 0]
+    # Gates (1/2, 1/2) and (1/4, 3/4) of experts that say 4 and 8.
+    np.testing.assert_allclose(mixed, [6.0, 7.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion_learns_what_scalars_say(fusion):
+    drawn = [inputs(rows=64, columns=8, seed=seed) for seed in range(21)]
+    for one in drawn:
+        one["label_click"] = tf.cast(one["scalars"][:, :, 0] > 0, tf.float32)
+    fresh, *training = drawn
+    stacked = {name: tf.stack([one[name] for one in training]) for name in fresh}
+    model = ranker(("click",), config=fused(fusion))
+    model.compile(optimizer=tf_keras.optimizers.Adam(0.01, jit_compile=False))
+    model.fit(tf.data.Dataset.from_tensor_slices(stacked), epochs=3, verbose=0)
+    clicks = outputs(model, fresh)["click"].ravel()
+    assert auc(clicks, fresh["label_click"].numpy().ravel()) > 0.85
+
+
+def test_fixed_weights_multiply_the_losses_of_their_tasks():
+    batch = inputs()
+    alone = {}
+    weights = {"click": 2.0, "rating": 0.5, "like": 0.0}
+    for task in ("click", "like", "rating"):
+        only = dict.fromkeys(("click", "like", "rating"), 0.0) | {task: 1.0}
+        tf_keras.utils.set_random_seed(3)
+        model = ranker(("click", "like", "rating"), config=fused(task_weights=only))
+        alone[task] = float(model.compute_loss(batch))
+    tf_keras.utils.set_random_seed(3)
+    model = ranker(("click", "like", "rating"), config=fused(task_weights=weights))
+    expected = sum(weights[task] * loss for task, loss in alone.items())
+    assert min(alone.values()) > 0
+    np.testing.assert_allclose(model.compute_loss(batch), expected, rtol=1e-5)
+    assert model.task_weights == weights
+
+
+class TestUncertainty:
+    def model(self, tasks=("click", "rating")) -> Ranker:
+        return ranker(tasks, config=fused(task_weighting="uncertainty"))
+
+    def test_it_is_the_likelihood_of_the_known_labels(self):
+        model, batch = self.model(), inputs(rows=2)
+        found = outputs(model, batch)
+        label = {name: a.numpy() for name, a in batch.items()}
+        click = -np.where(
+            label["label_click"] == 1, np.log(found["click"]), np.log1p(-found["click"])
+        )
+        error = ((found["rating"] - label["label_rating"]) / 1.2) ** 2
+        for s in ([0.0, 0.0], [0.7, -1.2]):
+            model.log_variance.assign(np.array(s) / 10)
+            rating = (np.exp(-s[1]) * error / 2 + s[1] / 2) * label["mask_rating"]
+            expected = (np.exp(-s[0]) * click + s[0] / 2 + rating).sum() / 2
+            np.testing.assert_allclose(model.compute_loss(batch), expected, rtol=1e-5)
+            weights = list(model.task_weights.values())
+            np.testing.assert_allclose(weights, np.exp(-np.array(s)), rtol=1e-5)
+
+    def test_a_task_with_a_smaller_error_gets_more_weight(self):
+        model, batch = self.model(), inputs(rows=32)
+        # Ratings all but known, clicks a coin's toss.
+        batch |= {"label_rating": outputs(model, batch)["rating"] + 0.05}
+        model.compile(optimizer=tf_keras.optimizers.Adam(0.01, jit_compile=False))
+        model.fit(tf.data.Dataset.from_tensors(batch).repeat(15), verbose=0)
+        weights = model.task_weights
+        assert weights["rating"] > 1.5
+        assert weights["rating"] > 1.5 * weights["click"]
+
+    def test_it_is_part_of_the_weights(self):
+        variables = named_variables(self.model())
+        assert variables["log_variance"].trainable
+        assert "log_variance" not in named_variables(ranker())
 
 
 def test_without_cross_layers_there_is_still_a_ranker():
@@ -365,12 +500,12 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 def test_a_traced_model_takes_any_number_of_users_and_candidates():
     model = ranker(("click", "rating"))
     whole = inputs(rows=3, columns=9)
-    per_candidate = ("candidates", "attributes", "scalars")
-    names = (*per_candidate, "query", "history", "history_mask", "user_attributes")
+    per_candidate = ("candidates", "attributes", "text", "scalars")
+    names = (*per_candidate, "query", "history", "history_mask", "user_attributes", "profile")
     given = {name: whole[name] for name in names}
     free = {
         name: tf.TensorSpec([None] * (1 + (name in per_candidate)) + a.shape[1:][-1:], tf.float32)
-        if name in (*per_candidate, "query", "user_attributes")
+        if name in (*per_candidate, "query", "user_attributes", "profile")
         else tf.TensorSpec([None, *a.shape[1:]], tf.float32)
         for name, a in given.items()
     }

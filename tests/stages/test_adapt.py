@@ -18,6 +18,7 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TRAIN, VALID, Interactions
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender, load_two_tower
+from tfrec.recommender import Request
 from tfrec.stages import adapt, prepare
 
 pytestmark = pytest.mark.slow
@@ -289,6 +290,63 @@ class TestKindsOfData:
             adapt.run(config, tmp_path / "run", "ranking")
 
 
+class TestTasks:
+    """One ranker a run, of the tasks that are asked for."""
+
+    @pytest.fixture
+    def again(self, small, tmp_path):
+        """Ranks anew on the small run's retrieval."""
+
+        def again(*settings, folder=small):
+            (tmp_path / "adapt").mkdir(exist_ok=True)
+            for part in ("prepare", "adapt/retrieval"):
+                (tmp_path / part).symlink_to(folder / "run" / part)
+            adapt.run(board.config(folder, *settings), tmp_path, "ranking")
+            return tmp_path
+
+        return again
+
+    def test_ratings_alone_are_validated_by_their_error_and_predicted(self, again):
+        out = again("adapt.ranking.tasks=[rating]", "adapt.ranking.fusion=gated")
+        assert told(out)["tasks"] == ["rating"]
+        (record,) = json.loads(artifact(out, "ranking").file("history.json").read_text())
+        assert record["skill"] <= 1
+        recommender = load_recommender(out)
+        known = recommender.interactions
+        (ratings,) = recommender.predictions(known, known).values()
+        assert np.isfinite(ratings).all()
+        assert ratings.std() > 0
+
+    def test_clicks_alone_with_learned_weights_and_a_linear_fusion(self, again):
+        out = again(
+            "adapt.ranking.tasks=[click]",
+            "adapt.ranking.fusion=linear",
+            "adapt.ranking.task_weighting=uncertainty",
+        )
+        assert told(out)["tasks"] == ["click"]
+        weight = artifact(out, "ranking").metrics["task_weights"]["click"]
+        assert weight != 1
+        model = load_recommender(out).engine.ranker
+        assert model.task_weights["click"] == pytest.approx(weight)
+
+    @pytest.mark.parametrize(
+        ("task", "lacking"), [("rating", "no rating"), ("conversion", "no event 'purchase'")]
+    )
+    def test_a_task_that_the_data_cannot_support_is_named(self, task, lacking, tmp_path):
+        board.write(tmp_path, ratings=False)
+        data = Dataset.from_columns(board.events(ratings=False), board.item_table())
+        with pytest.raises(InputError, match=f"'{task}': the data has {lacking}.* supports click"):
+            adapt._tasks(data, [task])
+
+    def test_texts_of_items_are_read_in_the_directions_that_are_saved(self, finished):
+        recommender = load_recommender(finished)
+        width = told(finished)["sizes"]["text_width"]
+        assert 0 < width <= 32
+        assert recommender.described.shape == (board.ITEMS + 1, width)
+        read = recommender.described[1:]
+        np.testing.assert_allclose(read.std(axis=0), 1, rtol=0.01)
+
+
 class TestTooLittle:
     """Either it works, or one line says what is lacking."""
 
@@ -303,12 +361,28 @@ class TestTooLittle:
         assert load_recommender(out).recommend([], 1) == []
 
     def test_a_single_user(self, tmp_path):
-        with pytest.raises(InputError, match="at least two events and an item"):
-            self.attempt(tmp_path, [f"u,i{t},{t}" for t in range(5)], "data.split=none")
+        out = self.attempt(tmp_path, [f"u,i{t},{t}" for t in range(5)], "data.split=none")
+        assert told(out)["tasks"] == []
+        assert load_recommender(out).recommend([Request(user_id="u")], 1) == [[]]
 
-    def test_one_event_of_each_user(self, tmp_path):
-        with pytest.raises(InputError, match="at least two events"):
-            self.attempt(tmp_path, [f"u{u},i{u % 3},{u}" for u in range(6)], "data.split=none")
+    def test_one_event_of_each_user(self, tmp_path, capsys):
+        """Nothing to learn a ranker from: the other parts of the score are there without one."""
+        lines = [f"u{u},i{u % 3},{u}" for u in range(6)]
+        out = self.attempt(tmp_path, lines, "data.split=none")
+        (said,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("tfrec:")]
+        assert "no event to learn from" in said
+        assert told(out)["tasks"] == []
+        assert "final/linear.npy" in artifact(out, "ranking").files or told(out)["linear"]
+        recommender = load_recommender(out)
+        assert recommender.policy.tasks == ()
+        (answer,) = recommender.recommend([Request(user_id="u0")], 2)
+        assert {found.item_id for found in answer} == {"i1", "i2"}
+        assert recommender.predictions(recommender.interactions, recommender.interactions) == {}
+
+    def test_a_task_that_is_asked_for_and_cannot_be_learned_is_an_error(self, tmp_path):
+        lines = [f"u{u},i{u % 3},{u}" for u in range(6)]
+        with pytest.raises(InputError, match="no event to learn from"):
+            self.attempt(tmp_path, lines, "data.split=none", "adapt.ranking.tasks=[click]")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,18 @@ from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import difference, tune
-from tfrec.recommender import SCALARS, Floats, LinearItems, Policy, Recommender, Rows
+from tfrec.recommender import (
+    SCALARS,
+    Floats,
+    LinearItems,
+    Policy,
+    Recommender,
+    Rows,
+    TextDirections,
+)
+
+DIRECTIONS = "directions.npy"
+"""float32 (1 + p, text width) in a ranking artifact: mean and directions of the texts."""
 
 CUTS: Mapping[str, tuple[int, ...]] = {
     "select": (TRAIN,),
@@ -268,7 +279,7 @@ def recommender_of(
     two_tower, text = load_two_tower(retrieval, dataset, trained)
     vectors = read_array(retrieval.file(f"{trained}/vectors.npy"))
     profile = read_array(retrieval.file("profile.npy"))
-    ranker, policy, linear = None, None, None
+    ranker, policy, linear, directions = None, None, None, None
     if ranking is not None:
         told = read_json(ranking.file("model.json"))
         policy = Policy(
@@ -279,6 +290,7 @@ def recommender_of(
             told["text_decay"],
         )
         ranker = load_ranker(ranking, told)
+        directions = load_directions(ranking)
         if f"{trained}/linear.npy" in ranking.files:
             linear = LinearItems(read_array(ranking.file(f"{trained}/linear.npy")))
     return Recommender(
@@ -292,7 +304,21 @@ def recommender_of(
         profile,
         policy,
         linear,
+        directions=directions,
     )
+
+
+def load_directions(artifact: Artifact) -> TextDirections | None:
+    """How the ranker of an artifact reads texts; None if it reads none."""
+    if DIRECTIONS not in artifact.files:
+        return None
+    mean, *matrix = read_array(artifact.file(DIRECTIONS))
+    return TextDirections(mean, np.stack(matrix, axis=1))
+
+
+def save_directions(folder: Path, directions: TextDirections) -> None:
+    """Leaves them where :func:`load_directions` finds them."""
+    np.save(folder / DIRECTIONS, np.vstack([directions.mean, directions.matrix.T]))
 
 
 def load_ranker(artifact: Artifact, told: Mapping[str, Any]) -> Ranker | None:

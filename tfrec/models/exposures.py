@@ -1,8 +1,9 @@
 """Exposures: what the ranker is trained on, one event among sampled items that led to none.
 
 An example is an event of a user with what he had done before it. Its exposures are the event's
-item, in column 0, and items that he has not interacted with: half of them from what retrieval
-found for him, as those are what the ranker will have to tell apart, the rest uniform.
+item, in column 0, and, for the task ``click``, items that he has not interacted with: half of them
+from what retrieval found for him, as those are what the ranker will have to tell apart, the rest
+uniform. A ranker of ratings alone sees rated events alone.
 
 The retriever and the linear model have been trained on these same events, so their scores say
 more about an event here than they will about an unseen one, and the ranker learns to trust them too
@@ -13,7 +14,7 @@ which no model has seen, and not by the ranker's loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,6 +77,10 @@ class Examples:
             histories.rating[index],
             histories.timestamp[index],
         )
+
+
+class NothingToLearnError(InputError):
+    """The data has no event that the tasks could be learned from."""
 
 
 class Unseen:
@@ -167,6 +172,8 @@ class RankingBatches:
       vectors: float32 (n + 1, d), candidate vectors.
       attributes: float32 (n + 1, F).
       user_attributes: float32 (users, user attribute width).
+      text: float32 (n + 1, p), the items' texts.
+      profile: float32 (users, p), the users' profile texts; either may have width 0.
       scalars_of: Users, query vectors, histories and int32 (b, C) rows -> float32 (b, C, S).
       unseen: Where the other exposures come from; they are drawn anew in every epoch.
       seed: Of everything random.
@@ -182,6 +189,8 @@ class RankingBatches:
     vectors: Floats
     attributes: Floats
     user_attributes: Floats
+    text: Floats
+    profile: Floats
     scalars_of: Scalars
     unseen: Unseen
     seed: int
@@ -192,6 +201,11 @@ class RankingBatches:
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch, at least one."""
         return max(len(self.examples) // self.config.batch_size, 1)
+
+    @property
+    def negatives(self) -> int:
+        """Exposures beside the event's own: none where only ratings are learned from."""
+        return self.config.negatives if "click" in self.tasks else 0
 
     @cached_property
     def num_scalars(self) -> int:
@@ -239,7 +253,7 @@ class RankingBatches:
         generator = np.random.default_rng([self.seed, epoch, step])
         size = self.config.batch_size
         index = order[np.arange(step * size, (step + 1) * size) % len(order)]
-        drawn = self.unseen.draw(self.examples.user[index], self.config.negatives, generator)
+        drawn = self.unseen.draw(self.examples.user[index], self.negatives, generator)
         clicked = self.interactions.item[self.examples.event[index]]
         return index, np.concatenate([clicked[:, None], drawn], axis=1)
 
@@ -274,6 +288,8 @@ class RankingBatches:
             "candidates": self.vectors[rows],
             "attributes": self.attributes[rows],
             "user_attributes": self.user_attributes[examples.user],
+            "text": self.text[rows],
+            "profile": self.profile[examples.user],
             "scalars": self.scalars_of(examples.user, self.queries[index], before, rows),
         }
 
@@ -298,7 +314,7 @@ class RankingBatches:
             "mask_rating": rated,
             "label_conversion": converts[self.interactions.event[event]],
         }
-        nothing = np.zeros((len(event), self.config.negatives), np.float32)
+        nothing = np.zeros((len(event), self.negatives), np.float32)
         return {
             name: np.concatenate([values[:, None], nothing], axis=1, dtype=np.float32)
             for name, values in columns.items()
@@ -316,6 +332,8 @@ def ranking_batches(
     hard: Ragged | None,
     attributes: Floats,
     user_attributes: Floats,
+    text: Floats,
+    profile: Floats,
     scalars_of: Scalars,
     seed: int,
     replicas: int = 1,
@@ -334,6 +352,8 @@ def ranking_batches(
         with is left out here.
       attributes: float32 (n + 1, F); F may be 0.
       user_attributes: float32 (users, width); width may be 0.
+      text: float32 (n + 1, p), the items' texts as they are read; p may be 0.
+      profile: float32 (users, p), the users' profile texts; p may be 0.
       scalars_of: Users int32 (b,), query vectors float32 (b, d), the same histories and candidates
         int32 (b, C) -> float32 (b, C, S). Called for each part of each batch, so it has to be
         cheap.
@@ -343,17 +363,24 @@ def ranking_batches(
 
     Raises:
       ConfigError: the batch cannot be shared by the replicas.
-      InputError: histories and interactions are not the same events, the tables do not fit them,
-        or there is no event to learn from.
+      InputError: histories and interactions are not the same events, or the tables do not fit
+        them.
+      NothingToLearnError: there is no event to learn from.
     """
     if config.batch_size % replicas:
         raise ConfigError(
             f"adapt.ranking.batch_size = {config.batch_size} cannot be shared by {replicas} "
             f"replicas; take a multiple of {replicas}"
         )
-    _check(histories, interactions, vectors, hard, attributes, user_attributes)
+    _check(
+        histories,
+        interactions,
+        len(vectors),
+        {"attributes": attributes, "text": text},
+        {"user_attributes": user_attributes, "profile": profile, "hard": hard},
+    )
     unseen = Unseen(interactions, len(vectors) - 1, hard)
-    examples = _choose(interactions, unseen, config.examples_per_user, seed)
+    examples = _choose(interactions, unseen, tasks, config.examples_per_user, seed)
     return RankingBatches(
         config=config,
         histories=histories,
@@ -363,6 +390,8 @@ def ranking_batches(
         vectors=vectors,
         attributes=attributes,
         user_attributes=user_attributes,
+        text=text,
+        profile=profile,
         scalars_of=scalars_of,
         unseen=unseen,
         seed=seed,
@@ -371,16 +400,20 @@ def ranking_batches(
     )
 
 
-def _choose(interactions: Interactions, unseen: Unseen, most: int, seed: int) -> Examples:
+def _choose(
+    interactions: Interactions, unseen: Unseen, tasks: tuple[str, ...], most: int, seed: int
+) -> Examples:
     """Up to ``most`` random events of each user, never his first."""
     user = interactions.user
     before = np.arange(len(user)) - interactions.offsets[:-1][user]
     fit = (before >= 1) & (interactions.item > 0) & (interactions.weight > 0)
-    events = np.flatnonzero(fit & (unseen.counts[user] > 0))
+    clicks = "click" in tasks
+    fit &= unseen.counts[user] > 0 if clicks else np.isfinite(interactions.rating)
+    events = np.flatnonzero(fit)
     if not len(events):
-        raise InputError(
-            "the ranker has no event to learn from: it needs users with at least two events and "
-            "an item they have not interacted with"
+        raise NothingToLearnError(
+            "the ranker has no event to learn from: it needs users with at least two events"
+            + (" and an item they have not interacted with" if clicks else ", the later rated")
         )
     shuffled = np.random.default_rng([seed]).permutation(events)
     shuffled = shuffled[np.argsort(user[shuffled], kind="stable")]
@@ -410,26 +443,23 @@ def _query_vectors(
 def _check(
     histories: Histories,
     interactions: Interactions,
-    vectors: Floats,
-    hard: Ragged | None,
-    attributes: Floats,
-    user_attributes: Floats,
+    num_rows: int,
+    of_items: Mapping[str, Floats],
+    of_users: Mapping[str, Floats | Ragged | None],
 ) -> None:
     if not np.array_equal(histories.offsets, interactions.offsets):
         raise InputError(
             f"the ranker needs histories of the same events as the interactions; got "
             f"{len(histories.item)} and {len(interactions)} events"
         )
-    if int(interactions.item.max(initial=0)) >= len(vectors):
+    if int(interactions.item.max(initial=0)) >= num_rows:
         raise InputError(
             f"an interaction is with item row {interactions.item.max()}, and there are vectors of "
-            f"rows 0 to {len(vectors) - 1}"
+            f"rows 0 to {num_rows - 1}"
         )
-    tables = {
-        "attributes": (len(attributes), len(vectors)),
-        "user_attributes": (len(user_attributes), interactions.num_users),
-        "hard": (interactions.num_users if hard is None else len(hard), interactions.num_users),
-    }
-    for name, (rows, expected) in tables.items():
-        if rows != expected:
-            raise InputError(f"the ranker's '{name}' has {rows} rows, and {expected} are needed")
+    for tables, expected in ((of_items, num_rows), (of_users, interactions.num_users)):
+        for name, table in tables.items():
+            if table is not None and len(table) != expected:
+                raise InputError(
+                    f"the ranker's '{name}' has {len(table)} rows, and {expected} are needed"
+                )

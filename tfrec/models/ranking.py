@@ -17,14 +17,24 @@ from tfrec.models.step import TaskModel
 # Scalars further from their mean, in standard deviations, count as this far.
 _SCALAR_LIMIT = 10.0
 
+# Adam moves a weight by about a learning rate a step, which is little for a log-variance.
+_VARIANCE_SCALE = 10.0
+
 
 class Ranker(TaskModel):
     """Multi-task ranking model over the candidates of retrieval.
 
-    Target attention over the history, DCN-v2 cross layers, and a mixture of experts with one gate
-    a task (MMoE, Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with
-    Multi-gate Mixture-of-Experts"). Conversion is trained over all exposures as p(click) *
-    p(conversion | click) (ESMM, Ma et al. 2018, "Entire Space Multi-Task Model").
+    It reads four sources: the scores of retrieval; behaviour (the query, the candidate and target
+    attention over the history, and products of these); the user (profile text, attributes, and the
+    product of profile and item text); the item (text, attributes). ``config.fusion`` says how they
+    become what each task says: :class:`LinearFusion`, :class:`GatedFusion` or
+    :class:`MixtureFusion`. Conversion is trained over all exposures as p(click) *
+    p(conversion | click) (ESMM, Ma et al. 2018, "Entire Space Multi-Task Model", arXiv:1804.07931).
+
+    The losses of the tasks are weighed as ``config.task_weights`` says, or by learned uncertainty
+    (Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses",
+    arXiv:1705.07115): with ``s`` the logarithm of a task's variance, an exposure's loss ``l``
+    counts ``exp(-s) * l + s / 2``, and half of ``l`` where it is a squared error.
 
     Batches come from :class:`~tfrec.models.exposures.RankingBatches`. As half of their exposures
     are sampled on purpose, ``click`` and ``conversion`` are probabilities among such exposures, not
@@ -36,6 +46,8 @@ class Ranker(TaskModel):
       attributes_width: Width of the items' attributes, F; may be 0.
       user_attributes_width: Width of the users' attributes; may be 0.
       num_scalars: How many further numbers each candidate has, S; may be 0.
+      text_width: Width of the items' texts, P; may be 0.
+      profile_width: Width of the users' profile texts, P or 0.
       tasks: Distinct names among :data:`tfrec.config.TASKS`; ``conversion`` needs ``click``.
       rating_mean: Mean rating of the training events, in stars.
       rating_std: Their standard deviation; 0 counts as 1.
@@ -54,6 +66,8 @@ class Ranker(TaskModel):
         attributes_width: int,
         user_attributes_width: int,
         num_scalars: int,
+        text_width: int = 0,
+        profile_width: int = 0,
         tasks: Sequence[str] = ("click", "like", "rating"),
         rating_mean: float = 0.0,
         rating_std: float = 1.0,
@@ -64,14 +78,23 @@ class Ranker(TaskModel):
         self.config = config
         self.tasks = checked_tasks(tasks)
         self.rating_mean, self.rating_std = rating_mean, rating_std or 1.0
-        self.widths = (embedding_dim, attributes_width, user_attributes_width, num_scalars)
+        self.widths = {
+            "candidates": embedding_dim,
+            "attributes": attributes_width,
+            "user_attributes": user_attributes_width,
+            "text": text_width,
+            "profile": profile_width,
+            "scalars": num_scalars,
+        }
         self.query_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="query_norm")
         self.item_norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="item_norm")
         self.attention = TargetAttention(config.history, name="attention")
-        self.cross = self._cross_layers(5 * embedding_dim + sum(self.widths[1:]))
-        self.mixture = GatedExperts(config.experts, config.hidden, len(self.tasks), name="mixture")
-        self.dropout = Dropout(config.dropout)
-        self.heads = [TaskHead(config.hidden, name=task) for task in self.tasks]
+        self.fusion = FUSIONS[config.fusion](config, len(self.tasks), name="fusion")
+        self.log_variance = None
+        if config.task_weighting == "uncertainty":
+            self.log_variance = self.add_weight(
+                name="log_variance", shape=(len(self.tasks),), dtype="float32", initializer="zeros"
+            )
         self.scalar_mean = self._constant("scalar_mean", "zeros")
         self.scalar_std = self._constant("scalar_std", "ones")
         self._touch()
@@ -83,7 +106,8 @@ class Ranker(TaskModel):
           inputs: float32 ``query`` (B, d), query vectors; ``history`` (B, H, d), candidate vectors
             of the last events, a later place being a later event; ``history_mask`` (B, H), 1 where
             there is an event; ``candidates`` (B, C, d); ``attributes`` (B, C, F);
-            ``user_attributes`` (B, user attribute width); ``scalars`` (B, C, S).
+            ``user_attributes`` (B, user attribute width); ``text`` (B, C, P); ``profile`` (B, P);
+            ``scalars`` (B, C, S).
           training: Whether dropout is on.
 
         Returns:
@@ -115,9 +139,17 @@ class Ranker(TaskModel):
           float32 scalar; the sum over the replicas is the loss of the batch.
         """
         logits = self._logits(inputs, training)
-        total = sum(self._task_loss(task, logits, inputs) for task in self.tasks)
+        total = sum(self._weighed(task, logits, inputs) for task in self.tasks)
         rows = tf.reduce_sum(total, axis=1) * inputs["weight"]
         return tf.reduce_sum(rows) / inputs["denominator"][0]
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """How much each task's loss counts: as the configuration says, or as learned."""
+        if self.log_variance is None:
+            return {task: self.config.task_weights.get(task, 1.0) for task in self.tasks}
+        learned = np.exp(-_VARIANCE_SCALE * self.log_variance.numpy())
+        return {task: float(w) for task, w in zip(self.tasks, learned, strict=True)}
 
     def adapt_scalars(self, sample: NDArray[np.float32]) -> None:
         """Learns the mean and the spread with which scalars are normalised.
@@ -130,10 +162,10 @@ class Ranker(TaskModel):
           InputError: the width is another, there is no row, or a value is not finite.
         """
         rows = np.asarray(sample, np.float64).reshape(-1, sample.shape[-1])
-        if rows.shape[1] != self.widths[3] or not len(rows):
+        width = self.widths["scalars"]
+        if rows.shape[1] != width or not len(rows):
             raise InputError(
-                f"scalars to learn from are (n, {self.widths[3]}) with n above 0, and not "
-                f"{rows.shape}"
+                f"scalars to learn from are (n, {width}) with n above 0, and not {rows.shape}"
             )
         if not np.isfinite(rows).all():
             raise InputError("a scalar to learn from is not finite; check what makes the scores")
@@ -146,77 +178,77 @@ class Ranker(TaskModel):
     def _constant(self, name: str, start: str) -> Any:
         return self.add_weight(
             name=name,
-            shape=(self.widths[3],),
+            shape=(self.widths["scalars"],),
             dtype="float32",
             initializer=start,
             trainable=False,
             experimental_autocast=False,
         )
 
-    def _cross_layers(self, width: int) -> list[Any]:
-        rank = self.config.hidden if self.config.hidden < width / 2 else None
-        return [
-            tfrs.layers.dcn.Cross(
-                projection_dim=rank, kernel_initializer="glorot_uniform", name=f"cross_{i}"
-            )
-            for i in range(self.config.cross_layers)
-        ]
-
     def _logits(self, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
-        crossed = features = self._features(inputs)
-        for layer in self.cross:
-            crossed = layer(features, crossed)
-        mixed = self.mixture(self.dropout(crossed, training=training))
-        mixed = self.dropout(mixed, training=training)
-        return {
-            task: head(mixed[:, :, i])
-            for i, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))
-        }
+        logits = self.fusion(self._sources(inputs), training=training)
+        return {task: logits[:, :, i] for i, task in enumerate(self.tasks)}
 
-    def _features(self, inputs: Mapping[str, Any]) -> Any:
+    def _sources(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """float (B, C, width) of each source that there is."""
         candidates = self.item_norm(inputs["candidates"])
         history = self.item_norm(inputs["history"])
         attended = self.attention(candidates, history, inputs["history_mask"])
         query = _for_each(self.query_norm(inputs["query"]), candidates)
-        parts = [query, candidates, attended, query * candidates, attended * candidates]
-        _, attributes, user_attributes, scalars = self.widths
+        behaviour = [query, candidates, attended, query * candidates, attended * candidates]
         # LiteRT and XLA dislike arrays of width 0, so those are left out.
-        if attributes:
-            parts.append(inputs["attributes"])
-        if user_attributes:
-            parts.append(_for_each(inputs["user_attributes"], candidates))
-        if scalars:
-            parts.append(self._normalised(inputs["scalars"]))
-        return tf.concat([tf.cast(part, self.compute_dtype) for part in parts], axis=-1)
+        there = {name: inputs[name] for name, width in self.widths.items() if width}
+        for name in ("user_attributes", "profile"):
+            if name in there:
+                there[name] = _for_each(there[name], candidates)
+        if "scalars" in there:
+            there["scalars"] = self._normalised(there["scalars"])
+        if "text" in there and "profile" in there:
+            there["match"] = there["text"] * there["profile"]
+        groups = [behaviour]
+        for names in (
+            ("scalars",),
+            ("user_attributes", "profile", "match"),
+            ("attributes", "text"),
+        ):
+            groups.append([there[name] for name in names if name in there])
+        return [
+            tf.concat([tf.cast(part, self.compute_dtype) for part in group], axis=-1)
+            for group in groups
+            if group
+        ]
 
     def _normalised(self, scalars: Any) -> Any:
         z = (tf.cast(scalars, tf.float32) - self.scalar_mean) / self.scalar_std
         return tf.clip_by_value(z, -_SCALAR_LIMIT, _SCALAR_LIMIT)
 
-    def _task_loss(self, task: str, logits: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
-        """float32 (B, C), the loss of each exposure."""
-        label, logit = inputs[f"label_{task}"], logits[task]
-        if task == "click":
-            return tf.nn.sigmoid_cross_entropy_with_logits(label, logit)
-        if task == "like":
-            return inputs["mask_like"] * tf.nn.sigmoid_cross_entropy_with_logits(label, logit)
+    def _weighed(self, task: str, logits: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+        """float32 (B, C), what each exposure adds to the loss; 0 where the label is not known."""
+        loss = self._task_loss(task, inputs[f"label_{task}"], logits)
+        if self.log_variance is None:
+            loss *= self.config.task_weights.get(task, 1.0)
+        else:
+            s = _VARIANCE_SCALE * self.log_variance[self.tasks.index(task)]
+            loss = tf.exp(-s) * loss * (0.5 if task == "rating" else 1.0) + s / 2
+        return loss * inputs[f"mask_{task}"] if task in ("like", "rating") else loss
+
+    def _task_loss(self, task: str, label: Any, logits: Mapping[str, Any]) -> Any:
         if task == "rating":
-            standard = (label - self.rating_mean) / self.rating_std
-            return inputs["mask_rating"] * tf.square(logit - standard)
-        return product_cross_entropy(label, logits["click"], logit)
+            return tf.square(logits[task] - (label - self.rating_mean) / self.rating_std)
+        if task == "conversion":
+            return product_cross_entropy(label, logits["click"], logits[task])
+        return tf.nn.sigmoid_cross_entropy_with_logits(label, logits[task])
 
     def _touch(self) -> None:
         """Builds every weight, so that checkpoints and optimizers know them all."""
-        d, attributes, user_attributes, scalars = self.widths
+        d = self.widths["candidates"]
         shapes = {
             "query": [1, d],
             "history": [1, self.config.history, d],
             "history_mask": [1, self.config.history],
-            "candidates": [1, 1, d],
-            "attributes": [1, 1, attributes],
-            "user_attributes": [1, user_attributes],
-            "scalars": [1, 1, scalars],
         }
+        for name, width in self.widths.items():
+            shapes[name] = [1, width] if name in ("user_attributes", "profile") else [1, 1, width]
         self({name: tf.zeros(shape) for name, shape in shapes.items()})
 
 
@@ -269,6 +301,109 @@ class TargetAttention(tf_keras.layers.Layer):
         return {**super().get_config(), "length": self.length}
 
 
+class Fusion(tf_keras.layers.Layer):
+    """Sources in, a logit of each task out.
+
+    Args:
+      config: ``hidden``, ``dropout`` and what a fusion says.
+      tasks: How many.
+    """
+
+    def __init__(self, config: RankingConfig, tasks: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, self.tasks = config, tasks
+        self.dropout = Dropout(config.dropout)
+
+    def call(self, sources: Sequence[Any], training: bool = False) -> Any:
+        """float (B, C, width) of each source -> float32 (B, C, tasks)."""
+        raise NotImplementedError
+
+
+class LinearFusion(Fusion):
+    """A weighted sum of all features for each task: (logistic) regression."""
+
+    def __init__(self, config: RankingConfig, tasks: int, **kwargs: Any) -> None:
+        super().__init__(config, tasks, **kwargs)
+        self.logits = tf_keras.layers.Dense(tasks, dtype="float32", name="logits")
+
+    def call(self, sources: Sequence[Any], training: bool = False) -> Any:
+        """See :class:`Fusion`."""
+        return self.logits(self.dropout(tf.concat(sources, axis=-1), training=training))
+
+
+class GatedFusion(Fusion):
+    """An expert for each source, mixed for each task by a gate that reads all of them.
+
+    The gated multimodal unit (Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion",
+    arXiv:1702.01992) with a gate and a tower for each task.
+    """
+
+    def __init__(self, config: RankingConfig, tasks: int, **kwargs: Any) -> None:
+        super().__init__(config, tasks, **kwargs)
+        self.towers = [TaskHead(config.hidden, name=f"tower_{i}") for i in range(tasks)]
+
+    def build(self, shapes: Sequence[Any]) -> None:
+        """Makes an expert for each of the sources of these shapes."""
+        self.experts = [
+            tf_keras.layers.Dense(self.config.hidden, activation="relu", name=f"expert_{i}")
+            for i in range(len(shapes))
+        ]
+        self.gates = tf_keras.layers.Dense(self.tasks * len(shapes), name="gates")
+        super().build(shapes)
+
+    def call(self, sources: Sequence[Any], training: bool = False) -> Any:
+        """See :class:`Fusion`."""
+        experts = zip(self.experts, sources, strict=True)
+        made = tf.stack([expert(source) for expert, source in experts], axis=2)
+        gates = self.gates(tf.concat(sources, axis=-1))
+        shape = tf.shape(gates)
+        gates = tf.reshape(gates, [shape[0], shape[1], self.tasks, len(self.experts)])
+        mixed = self.dropout(tf.matmul(tf.nn.softmax(gates), made), training=training)
+        return _towers(self.towers, mixed)
+
+
+class MixtureFusion(Fusion):
+    """All features crossed, then experts that the tasks share, mixed by a gate a task.
+
+    DCN-v2 (Wang et al. 2021, arXiv:2008.13535) and MMoE (Ma et al. 2018, "Modeling Task
+    Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts").
+    """
+
+    def __init__(self, config: RankingConfig, tasks: int, **kwargs: Any) -> None:
+        super().__init__(config, tasks, **kwargs)
+        self.mixture = GatedExperts(config.experts, config.hidden, tasks, name="mixture")
+        self.towers = [TaskHead(config.hidden, name=f"tower_{i}") for i in range(tasks)]
+
+    def build(self, shapes: Sequence[Any]) -> None:
+        """Makes cross layers for sources of these shapes."""
+        width, hidden = sum(shape[-1] for shape in shapes), self.config.hidden
+        self.cross = [
+            tfrs.layers.dcn.Cross(
+                projection_dim=hidden if hidden < width / 2 else None,
+                kernel_initializer="glorot_uniform",
+                name=f"cross_{i}",
+            )
+            for i in range(self.config.cross_layers)
+        ]
+        super().build(shapes)
+
+    def call(self, sources: Sequence[Any], training: bool = False) -> Any:
+        """See :class:`Fusion`."""
+        crossed = features = tf.concat(sources, axis=-1)
+        for layer in self.cross:
+            crossed = layer(features, crossed)
+        mixed = self.mixture(self.dropout(crossed, training=training))
+        return _towers(self.towers, self.dropout(mixed, training=training))
+
+
+FUSIONS: Mapping[str, type[Fusion]] = {
+    "linear": LinearFusion,
+    "gated": GatedFusion,
+    "mmoe": MixtureFusion,
+}
+"""The values of ``adapt.ranking.fusion``."""
+
+
 class GatedExperts(tf_keras.layers.Layer):
     """Experts that all tasks share, mixed for each task by its own gate (MMoE).
 
@@ -313,6 +448,11 @@ class TaskHead(tf_keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {**super().get_config(), "hidden": self.hidden}
+
+
+def _towers(towers: Sequence[Any], mixed: Any) -> Any:
+    """float (B, C, tasks, hidden) -> float32 (B, C, tasks), each task through its own tower."""
+    return tf.stack([tower(mixed[:, :, i]) for i, tower in enumerate(towers)], axis=-1)
 
 
 def product_cross_entropy(label: Any, first: Any, second: Any) -> Any:

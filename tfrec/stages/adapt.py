@@ -8,6 +8,7 @@ events (cut ``final``, which recommends).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +39,9 @@ from tfrec.models.engine import (
     cut_of,
     read_array,
     recommender_of,
+    save_directions,
 )
-from tfrec.models.exposures import ranking_batches
+from tfrec.models.exposures import CONVERSION_EVENT, NothingToLearnError, ranking_batches
 from tfrec.models.inputs import encoded, fitting_batch_size, text_encoder, tokens_of, vectors_of
 from tfrec.models.keras_bridge import set_precision, set_seed
 from tfrec.models.named import named_variables, save
@@ -55,11 +57,13 @@ from tfrec.recommender import (
     Policy,
     Recommender,
     Rows,
+    TextDirections,
     Who,
     scalars,
 )
 from tfrec.tracking import callbacks
 from tfrec.training import (
+    GOAL,
     Metrics,
     Progress,
     Trainer,
@@ -445,14 +449,29 @@ def _ranking(job: _Job, folder: Path) -> dict[str, Any]:
     config = job.adapt.ranking
     set_precision(config.precision)
     retrieval = job.parents["retrieval"]
+    tasks = _tasks(job.dataset, config.tasks)
     linear_settings = _linear(job, folder, config)
     base = recommender_of(job.dataset, retrieval, None, "select")
     base.linear = _read_linear(folder, "select")
     base.policy = Policy(config.candidates, config.history, {"retrieval": 1.0})
-    tasks = _tasks(job.dataset)
-    ranker, sizes, state = _train_ranker(job, base, tasks)
+    base.directions = _directions(base, config)
+    ranker: Ranker | None = None
+    sizes: dict[str, Any] = {}
+    state = Progress()
+    try:
+        ranker, sizes, state = _train_ranker(job, base, tasks)
+    except NothingToLearnError as error:
+        if config.tasks:
+            raise
+        tasks = ()
+        if job.placement.chief:
+            print(f"tfrec: {error}; the score does without one", file=sys.stderr)
     policy, found = _choose_policy(job, base, tasks)
-    save(folder / WEIGHTS, named_variables(ranker))
+    if ranker is not None:
+        save(folder / WEIGHTS, named_variables(ranker))
+        found["task_weights"] = ranker.task_weights
+        if base.directions is not None:
+            save_directions(folder, base.directions)
     told = {
         "candidates": policy.candidates,
         "history": policy.history,
@@ -491,14 +510,28 @@ def _read_linear(folder: Path, cut: str) -> LinearItems | None:
     return LinearItems(read_array(path)) if path.exists() else None
 
 
-def _tasks(dataset: Dataset) -> tuple[str, ...]:
+def _tasks(dataset: Dataset, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that the data supports, of those that are wanted, or all if none is named."""
     events = dataset.interactions
-    tasks = ["click"]
+    supported = ["click"]
     if np.isfinite(events.rating).any():
-        tasks += ["like", "rating"]
-    if "purchase" in events.event_names:
-        tasks.append("conversion")
-    return tuple(tasks)
+        supported += ["like", "rating"]
+    if CONVERSION_EVENT in events.event_names:
+        supported.append("conversion")
+    for task in wanted:
+        if task not in supported:
+            lacking = f"event '{CONVERSION_EVENT}'" if task == "conversion" else "rating"
+            raise InputError(
+                f"the ranker cannot learn '{task}': the data has no {lacking}; it supports "
+                f"{', '.join(supported)} (--task or adapt.ranking.tasks)"
+            )
+    return tuple(task for task in supported if task in wanted or not wanted)
+
+
+def _directions(base: Recommender, config: RankingConfig) -> TextDirections | None:
+    """Of the items' texts; of the profiles where no item has a text."""
+    known = base.text if base.text.any() else base.profile
+    return TextDirections.of(known, config.text_width)
 
 
 def _train_ranker(
@@ -511,20 +544,27 @@ def _train_ranker(
         "embedding_dim": int(base.vectors.shape[1]),
         "attributes_width": int(dataset.catalog.features.shape[1]),
         "user_attributes_width": int(dataset.users.features.shape[1]),
+        "text_width": int(base.described.shape[1]),
+        "profile_width": int(base.read(base.profile).shape[1]),
         "rating_mean": float(rated.mean()) if len(rated) else 0.0,
         "rating_std": float(max(rated.std(), 1e-3)) if len(rated) else 1.0,
     }
-    everyone = np.arange(len(dataset.users), dtype=np.int32)
-    found = base.lists(train, everyone, config.candidates)["retrieval"].ids
+    clicks, hard = "click" in tasks, None
+    if clicks:
+        everyone = np.arange(len(dataset.users), dtype=np.int32)
+        found = base.lists(train, everyone, config.candidates)["retrieval"].ids
+        hard = Ragged.of([ids[ids > 0] for ids in found])
     batches = ranking_batches(
         config,
         histories=Histories.of(train, base.coding),
         interactions=train,
         vectors=base.vectors,
         query_vectors_of=lambda users, histories, times: _queries(base, users, histories, times),
-        hard=Ragged.of([ids[ids > 0] for ids in found]),
+        hard=hard,
         attributes=dataset.catalog.features,
         user_attributes=dataset.users.features,
+        text=base.described,
+        profile=base.read(base.profile),
         scalars_of=lambda users, query, histories, rows: _scalars(base, query, histories, rows),
         seed=job.config.seed,
         replicas=job.placement.replicas,
@@ -535,17 +575,20 @@ def _train_ranker(
     ranker.adapt_scalars(batches.sample_scalars())
     assert isinstance(base.engine, TensorFlowEngine)
     base.engine = TensorFlowEngine(base.engine.two_tower, ranker, base.engine.load_text)
+    base.policy = replace(base.policy, tasks=tasks)
+    validation = _click_validation if clicks else _rating_validation
     state = Trainer(ranker, config, job.placement).fit(
         batches,
         work_dir=job.work / "select",
         title="ranking",
-        validate=_ranker_validation(job, base, tasks),
+        validate=validation(job, base, tasks),
+        goal=GOAL if clicks else SKILL,
         callbacks=job.trackers("ranking"),
     )
     return ranker, sizes, state
 
 
-def _ranker_validation(
+def _click_validation(
     job: _Job, base: Recommender, tasks: tuple[str, ...]
 ) -> Callable[[], Metrics] | None:
     """What tells how well ``click`` alone orders the candidates of some validation users."""
@@ -564,6 +607,43 @@ def _ranker_validation(
             clicks = base.parts(asked.take(part), query[part], rows[part], policy)["click"]
             found += len(part) * _ndcg(clicks, rows[part], target[part])
         return {"ndcg@10": found / len(users)}
+
+    return validate
+
+
+SKILL = "skill"
+
+
+def _rating_validation(
+    job: _Job, base: Recommender, tasks: tuple[str, ...]
+) -> Callable[[], Metrics] | None:
+    """How much of the error of always guessing the mean the ranker avoids, a mean over the tasks.
+
+    Of squared error for ``rating``, of log loss for ``like``; on validation events.
+    """
+    events = job.dataset.interactions.part(VALID)
+    there = np.isfinite(events.rating) & (events.item > 0)
+    chosen = np.flatnonzero(there & (np.diff(base.interactions.offsets)[events.user] > 0))
+    if len(chosen) > MOST_RATED:
+        chosen = np.sort(np.random.default_rng(job.config.seed).choice(chosen, MOST_RATED, False))
+    if not len(chosen):
+        return None
+    events = events.select(np.isin(np.arange(len(events)), chosen))
+    liked = (events.rating >= job.adapt.ranking.like_rating).astype(np.float32)
+
+    def errors(task: str, told: Floats) -> float:
+        if task == "rating":
+            return float(np.square(told - events.rating).mean())
+        told = np.clip(told, 1e-6, 1 - 1e-6)
+        return float(-(liked * np.log(told) + (1 - liked) * np.log1p(-told)).mean())
+
+    guess = {"rating": np.nanmean(base.interactions.rating), "like": liked.mean()}
+    usual = {task: errors(task, np.full(len(events), guess[task], "f4")) for task in tasks}
+
+    def validate() -> Metrics:
+        told = base.predictions(events, base.interactions)
+        skill = [1 - errors(task, told[task]) / max(usual[task], 1e-9) for task in tasks]
+        return {SKILL: float(np.mean(skill))}
 
     return validate
 
@@ -601,6 +681,7 @@ LEAST_GAIN = 0.005
 TEXT_DECAYS = (0.8, 1.0, 0.6)
 MOST_VALIDATED = 20_000  # users that the weights are chosen on
 MOST_IN_TRAINING = 1_000  # users that an epoch of the ranker is judged on
+MOST_RATED = 5_000  # rated events that an epoch of a ranker without clicks is judged on
 
 
 def _choose_policy(
@@ -687,8 +768,9 @@ def _validation_parts(
         part = slice(start, start + BLOCK)
         asked = base.who(base.interactions, users[part], times[part])
         query = base.queries(asked)
-        rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
-        all_parts.append(base.parts(asked, query, rows, policy))
+        seen, evidence = asked.seen, base.evidence(asked, policy)
+        rows = base.candidates(asked, query, policy.candidates, seen, None, policy, evidence)
+        all_parts.append(base.parts(asked, query, rows, policy, evidence))
         all_rows.append(rows)
     parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
     return parts, np.concatenate(all_rows)
