@@ -11,11 +11,11 @@ TABLE is one of:
     tuning        full, head, lora, adapter, prompt, bitfit on cold and on warm items
 
 Every side is given at least as many seconds of training as the mixture has in all, pretraining
-counted (the epochs of each are below), and validation chooses its epoch. No refits. Full ranking of
-the last event of every user (leave-one-out), history left out. Each result is kept in --out, and the
-same command goes on after a kill. The table gives means over seeds, their spread, and the interval
-of the relative difference to the first row by a paired bootstrap over users (NDCG@10 of a user
-averaged over the seeds).
+counted (the epochs of each are below), and validation chooses its epoch. No refits. Full ranking
+of the last event of every user (leave-one-out), history left out. Results are kept in --out, and
+the same command goes on after a kill. The table gives means over seeds, their spread, and the
+interval of the relative difference to the first row by a paired bootstrap over users (NDCG@10 of a
+user averaged over the seeds).
 
 Raw files: --raw movielens-100k=DIR, movielens-1m=DIR, amazon=DIR (5-core Industrial & Scientific
 with Scientific.text); without it MovieLens is fetched.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from pydantic import BaseModel
 
 from tfrec import cli
 from tfrec.config import Config
@@ -40,11 +41,12 @@ def requirements() -> list[Requirement]:
     return [r for r in map(Requirement, named) if r.name != "tfrec"]
 
 
-def defaults(tree: dict, path: str = "") -> Iterator[tuple[str, object]]:
-    """Path -> default of each key; an empty table is a value."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from defaults(value, f"{path}{key}.")
+def defaults(section: BaseModel, path: str = "") -> Iterator[tuple[str, object]]:
+    """Path -> default of each key, as plain values."""
+    for key, value in section.model_dump(mode="json").items():
+        inner = getattr(section, key)
+        if isinstance(inner, BaseModel):
+            yield from defaults(inner, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 
@@ -61,7 +63,7 @@ class TestGeneratedPages:
         page = (ROOT / "docs" / "configuration.md").read_text("utf-8").replace(r"\|", "\0")
         rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
         documented = {row[1].strip(" `"): row[3].strip().replace("\0", "|") for row in rows}
-        real = dict(defaults(Config().dump()))
+        real = dict(defaults(Config()))
         assert set(documented) == set(real)
         for key, text in documented.items():
             shown = None if text == "not set" else json.loads(text.strip("`"))
