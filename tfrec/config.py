@@ -395,6 +395,12 @@ class PretrainConfig(TrainingConfig):
     users: Literal["all", "others"] = Field(
         "all", description="others: only the users that `adapt.users` leaves out of adaptation"
     )
+    train_text: bool = Field(
+        False, description="contrastive and text_history train the BERT too, as mlm always does"
+    )
+    text_epochs: int = Field(3, ge=1, le=10_000, description="the BERT's passes over the texts")
+    text_batch_size: int = Field(32, ge=1, description="texts of a global batch of the BERT")
+    text_learning_rate: float = Field(3e-5, gt=0, le=1, description="of the BERT")
     mask_rate: float = Field(0.3, gt=0, lt=1, description="masked: share of events hidden")
     latent: int = Field(64, ge=1, le=4096, description="vae: width of the Gaussian")
     history_texts: int = Field(

@@ -188,6 +188,58 @@ class TestAdapting:
             adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")
 
 
+def reading(folder, *more):
+    """Settings that pretrain the BERT too, by every text objective."""
+    return config(
+        folder,
+        "pretrain.train_text=true",
+        "pretrain.text_epochs=4",
+        "pretrain.text_batch_size=8",
+        "pretrain.text_learning_rate=0.003",
+        "pretrain.epochs=1",
+        *more,
+        objectives="{mlm = 1.0, contrastive = 0.5, text_history = 0.5}",
+    )
+
+
+@pytest.fixture(scope="module")
+def reader(folder, finished, tmp_path_factory):
+    """A run whose BERT was pretrained too."""
+    out = tmp_path_factory.mktemp("reader")
+    (out / "prepare").symlink_to(finished / "prepare")
+    pretrain.run(reading(folder), out)
+    return out
+
+
+class TestTheText:
+    def test_it_learns(self, reader):
+        curve = json.loads((reader / "pretrain" / "history.json").read_text())["texts"]
+        for name in ("mlm", "contrastive", "text_history"):
+            assert curve[-1][name] < curve[0][name]
+
+    def test_the_artifact_holds_the_bert_and_adaptation_reads_with_it(self, folder, reader):
+        from tfrec.models.text import TextEncoder
+
+        own = TextEncoder.load(reader / "pretrain" / "text", length=16)
+        card = PretrainedEncoder.load(reader / "pretrain").card
+        assert card.text["trained"] is True
+        assert card.text["digest"] == own.digest()
+        given = TextEncoder.load(folder / "bert", length=16)
+        adapt.run(reading(folder, "adapt.encoder=pretrain"), reader, "retrieval")
+        recommender = load_recommender(reader, "select")
+        text = ["the war of space ship"]
+        np.testing.assert_allclose(
+            recommender.engine.encode_text(text), own.encode(text, role="passage"), atol=1e-6
+        )
+        assert np.abs(own.encode(text) - given.encode(text)).max() > 1e-3
+
+    def test_words_alone(self, folder, finished, tmp_path):
+        (tmp_path / "prepare").symlink_to(finished / "prepare")
+        alone = config(folder, "pretrain.text_epochs=1", objectives="{mlm = 1.0}")
+        made = pretrain.run(alone, tmp_path)
+        assert set(made.metrics["losses"]) == {"text_mlm"}
+
+
 class TestUsers:
     def test_some_users_adapt_and_the_others_pretrain(self, folder, finished, tmp_path):
         out = copy(finished, tmp_path)

@@ -129,6 +129,18 @@ class TextTokenizer:
                 cut += bool(found.overflowing)
         return Coverage(unknown / max(characters, 1), characters / max(tokens, 1), cut)
 
+    @property
+    def mask_token(self) -> int | None:
+        """Id of the token that stands for a hidden one; None if the vocabulary has none."""
+        found = (self._tokenizer.token_to_id(name) for name in ("[MASK]", "<mask>"))
+        return next((token for token in found if token is not None), None)
+
+    @property
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for no part of a text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return tuple(sorted(token for token, about in added.items() if about.special))
+
     @functools.cached_property
     def _unknown_ids(self) -> frozenset[int]:
         names = (self._tokenizer.token_to_id(name) for name in ("[UNK]", "<unk>"))

@@ -7,7 +7,8 @@ device with the whole batch sees the same queries and negatives as many devices 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -97,17 +98,7 @@ class TrainingBatches:
         """
         share = self.replicas // workers
         mine = range(worker * share, (worker + 1) * share)
-        first = next(self._parts(first_epoch, mine))
-        spec = {name: tf.TensorSpec(a.shape, tf.as_dtype(a.dtype)) for name, a in first.items()}
-
-        def endless() -> Iterator[Arrays]:
-            epoch = first_epoch
-            while True:
-                yield from self._parts(epoch, mine)
-                epoch += 1
-
-        made = tf.data.Dataset.from_generator(endless, output_signature=spec)
-        return made.prefetch(2)
+        return endless(lambda epoch: self._parts(epoch, mine), first_epoch)
 
     def _parts(self, epoch: int, mine: range) -> Iterator[Arrays]:
         rows = self.sequences.epoch(epoch)
@@ -173,6 +164,18 @@ class TrainingBatches:
         if sampled.known is not None:
             return sampled.known[generator.integers(len(sampled.known), size=shape)]
         return generator.integers(1, sampled.num_items + 1, shape, dtype=np.int32)
+
+
+def endless(parts: Callable[[int], Iterator[Arrays]], first_epoch: int = 0) -> tf.data.Dataset:
+    """A dataset of the parts of one epoch after the other, all of the same shapes."""
+    first = next(parts(first_epoch))
+    spec = {name: tf.TensorSpec(a.shape, tf.as_dtype(a.dtype)) for name, a in first.items()}
+
+    def all_epochs() -> Iterator[Arrays]:
+        for epoch in itertools.count(first_epoch):
+            yield from parts(epoch)
+
+    return tf.data.Dataset.from_generator(all_epochs, output_signature=spec).prefetch(2)
 
 
 def _choose_positions(batch: Arrays, count: int, generator: np.random.Generator) -> None:

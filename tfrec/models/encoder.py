@@ -38,8 +38,8 @@ class EncoderCard:
 
     Attributes:
       sizes: The :data:`SIZES` it was made with.
-      text: ``name`` of the BERT, its ``digest`` and ``tokenizer`` digest, ``width``, and whether
-        it was ``trained`` too and is in the artifact; empty: no text was read.
+      text: ``name`` of the BERT, its ``digest`` and ``tokenizer`` digest, ``width``, ``length`` in
+        tokens, and whether it was ``trained`` too and is in the artifact; empty: no text was read.
       coding: How events became integers.
       features: Names of the items' attributes.
       user_features: Names of the users' attributes.
@@ -156,6 +156,12 @@ class PretrainedEncoder:
                 f"the encoder {self.path} reads items by their text, and here adapt.text is "
                 f"'{config.text}' and {dataset.catalog.num_items:,} items have no text to read"
             )
+        if encoder.tokenizer.length != self.card.text["length"]:
+            raise ConfigError(
+                f"the encoder {self.path} was pretrained with adapt.text_length = "
+                f"{self.card.text['length']}, and here it is {encoder.tokenizer.length}; give both "
+                "the same"
+            )
         if encoder.tokenizer.digest != self.card.text["tokenizer"]:
             raise ConfigError(
                 f"the encoder {self.path} was pretrained with another tokenizer than that of "
@@ -244,6 +250,7 @@ def text_of(encoder: TextEncoder | None, name: str, trained: bool) -> dict[str, 
         "digest": encoder.digest(),
         "tokenizer": encoder.tokenizer.digest,
         "width": encoder.width,
+        "length": encoder.tokenizer.length,
         "trained": trained,
     }
 

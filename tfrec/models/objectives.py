@@ -205,7 +205,7 @@ class Contrastive:
             for view in ("contrastive_a_", "contrastive_b_")
         )
         weight = tf.reshape(batch["contrastive_weight"], [-1])
-        return _info_nce(first, second, weight, self.temperature)
+        return info_nce(first, second, weight, self.temperature)
 
     @staticmethod
     def _view(
@@ -476,7 +476,7 @@ def _reconstruction(
     return tf.reduce_sum(tf.where(weights > 0, weights * each, 0.0))
 
 
-def _info_nce(first: Any, second: Any, weights: Any, temperature: float) -> Any:
+def info_nce(first: Any, second: Any, weights: Any, temperature: float) -> Any:
     """Each row of the first (n, d) against all rows of the second, of every replica."""
     there = across_replicas(weights) > 0
     logits = tf.matmul(first, across_replicas(second), transpose_b=True) / temperature

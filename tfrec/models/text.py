@@ -338,14 +338,16 @@ class TextEncoder(Hosted):
         texts = [prompt + text for text in texts] if prompt else list(texts)
         return [text.lower() for text in texts] if self.settings.lowercase else texts
 
-    def _vectors(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
-        token_ids, padding_mask = (
-            tf.convert_to_tensor(token_ids),
-            tf.convert_to_tensor(padding_mask),
-        )
+    def hidden(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
+        """Every token encoded, before pooling: float32 (batch, tokens, width), as :meth:`call`."""
+        token_ids = tf.convert_to_tensor(token_ids)
         segments = tf.zeros_like(token_ids)
         features = {"token_ids": token_ids, "segment_ids": segments, "padding_mask": padding_mask}
-        hidden = tf.cast(self.model(features, training=training)["sequence_output"], tf.float32)
+        return tf.cast(self.model(features, training=training)["sequence_output"], tf.float32)
+
+    def _vectors(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
+        padding_mask = tf.convert_to_tensor(padding_mask)
+        hidden = self.hidden(token_ids, padding_mask, training)
         vectors = _pool(hidden, padding_mask, self.settings.pooling)
         return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
 

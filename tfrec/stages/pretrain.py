@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
-from tfrec.config import TEXT_OBJECTIVES, Config
+from tfrec.config import SEQUENCE_OBJECTIVES, TEXT_OBJECTIVES, Config
 from tfrec.data.dataset import Dataset
 from tfrec.data.history_text import history_texts
 from tfrec.data.interactions import Interactions
@@ -25,7 +25,7 @@ from tfrec.distribution import Placement, place
 from tfrec.errors import ConfigError, InputError
 from tfrec.models import named
 from tfrec.models.batches import SampledItems, TrainingBatches
-from tfrec.models.encoder import CARD, KIND, WEIGHTS, EncoderCard, contents, sizes_of, text_of
+from tfrec.models.encoder import CARD, KIND, TEXT, WEIGHTS, EncoderCard, contents, sizes_of, text_of
 from tfrec.models.engine import cut_of
 from tfrec.models.inputs import encoded, fitting_batch_size, text_encoder
 from tfrec.models.keras_bridge import set_precision, set_seed
@@ -33,6 +33,12 @@ from tfrec.models.objectives import TextHistory
 from tfrec.models.pretraining import Pretrainer
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
+from tfrec.models.text_pretraining import (
+    KnownPairs,
+    NeighbouringEvents,
+    TextBatches,
+    TextPretrainer,
+)
 from tfrec.tracking import callbacks
 from tfrec.training import Progress, Trainer, discard, disk_errors
 
@@ -133,6 +139,10 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
     history: dict[str, Any] = {}
     with job.placement.strategy.scope():
         encoder = text_encoder(config.adapt, dataset)
+        trained = _text_objectives(job)
+        if encoder is not None and trained:
+            history["texts"] = _train_text(job, train, trained, folder)
+            encoder = text_encoder(config.adapt, dataset, str(folder / TEXT))
         text = encoded(encoder, dataset.catalog, "passage")
         profile = encoded(encoder, dataset.users, "query")
         told = None
@@ -152,12 +162,18 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
             popularity=(share / share.sum()).astype(np.float32),
         )
     rows = PackedSequences(histories, train.weight, config.adapt.retrieval.history, config.seed)
-    state, losses = _train_towers(job, model, rows, profile, told)
-    history["sequences"] = state.history
+    state = Progress()
+    losses: dict[str, float] = {}
+    if set(job.objectives) & set(SEQUENCE_OBJECTIVES):
+        state, losses = _train_towers(job, model, rows, profile, told)
+        history["sequences"] = state.history
+    if trained:
+        last = history["texts"][-1]
+        losses |= {f"text_{name}": last[name] for name in trained}
     named.save(folder / WEIGHTS, contents(model))
     card = EncoderCard(
         sizes=sizes_of(config.adapt.retrieval),
-        text=text_of(encoder, config.adapt.text, False) if text.shape[1] else {},
+        text=text_of(encoder, config.adapt.text, bool(trained)) if text.shape[1] else {},
         coding=coding,
         features=dataset.catalog.schema.names,
         user_features=dataset.users.schema.names,
@@ -188,6 +204,68 @@ def _check_support(job: _Job, histories: Histories) -> None:
                 f"the objective '{name}' needs users with at least two training events, and the "
                 f"longest history has {lengths.max()}; take it out of pretrain.objectives"
             )
+
+
+def _text_objectives(job: _Job) -> tuple[str, ...]:
+    """The objectives that train the BERT."""
+    pairs = ("contrastive", "text_history") if job.config.pretrain.train_text else ()
+    return tuple(name for name in job.objectives if name == "mlm" or name in pairs)
+
+
+def _train_text(
+    job: _Job, train: Interactions, objectives: tuple[str, ...], folder: Path
+) -> list[dict[str, float]]:
+    """Trains the BERT, leaves it in the folder, and returns its curve."""
+    given, catalog = job.config.pretrain, job.dataset.catalog
+    config = given.model_copy(
+        update={
+            "epochs": given.text_epochs,
+            "batch_size": given.text_batch_size,
+            "learning_rate": given.text_learning_rate,
+            "objectives": {name: job.objectives[name] for name in objectives},
+        }
+    )
+    encoder = text_encoder(job.config.adapt, job.dataset, trained=True)
+    assert encoder is not None
+    told = [row for row, text in enumerate(catalog.texts) if text]
+    texts = encoder.tokenize([catalog.texts[row] for row in told], role="passage")
+    place = np.zeros(len(catalog), np.int64)
+    place[told] = np.arange(len(told))
+    pairs: dict[str, Any] = {}
+    if "contrastive" in objectives:
+        pairs["contrastive"] = (NeighbouringEvents(train, told, place), texts, texts)
+    if "text_history" in objectives:
+        user, stop = _stops(train, given.history_texts, job.config.seed)
+        target = train.item[train.offsets[user] + stop]
+        kept = np.isin(target, told)
+        said = history_texts(train, catalog.titles, user[kept], stop[kept])
+        histories = encoder.tokenize(said, role="query")
+        pairs["text_history"] = (KnownPairs(place[target[kept]]), histories, texts)
+    mask_token = encoder.tokenizer.mask_token
+    if mask_token is None:
+        raise InputError(f"the vocabulary of '{job.config.adapt.text}' has no token for `mlm`")
+    with job.placement.strategy.scope():
+        model = TextPretrainer(encoder, config, tuple(pairs))
+    batches = TextBatches(
+        texts,
+        config.batch_size,
+        objectives,
+        pairs,
+        encoder.tokenizer.vocabulary_size,
+        mask_token,
+        encoder.tokenizer.special_tokens,
+        job.config.seed,
+        replicas=job.placement.replicas,
+    )
+    state = Trainer(model, config, job.placement).fit(
+        batches,
+        work_dir=job.work / "texts",
+        title="pretraining the BERT",
+        warmup=batches.steps_per_epoch * config.epochs // 10,
+        callbacks=job.trackers("pretrain-text"),
+    )
+    encoder.save(folder / TEXT)
+    return state.history
 
 
 def _train_towers(
@@ -237,17 +315,24 @@ def _train_towers(
 def _told(job: _Job, encoder: TextEncoder, train: Interactions) -> TextHistory:
     """Histories up to random places as texts, and what came next."""
     config = job.config.pretrain
-    generator = np.random.default_rng([job.config.seed, 1])
-    lengths = np.diff(train.offsets)
-    counts = np.minimum(np.maximum(lengths - 1, 0), config.history_texts)
-    user = np.repeat(np.arange(len(counts)), counts)
-    stop = generator.integers(1, lengths[user])
+    user, stop = _stops(train, config.history_texts, job.config.seed)
+    counts = np.bincount(user, minlength=train.num_users)
     texts = history_texts(train, job.dataset.catalog.titles, user, stop)
     return TextHistory(
         encoder.encode_cached(texts, role="query", progress=True),
         train.item[train.offsets[user] + stop],
         np.concatenate([[0], np.cumsum(counts)]),
     )
+
+
+def _stops(
+    train: Interactions, most: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Users, sorted, and random places in their histories with events on both sides."""
+    lengths = np.diff(train.offsets)
+    counts = np.minimum(np.maximum(lengths - 1, 0), most)
+    user = np.repeat(np.arange(len(counts)), counts)
+    return user, np.random.default_rng([seed, 1]).integers(1, lengths[user])
 
 
 def _about(job: _Job, histories: Histories) -> dict[str, Any]:
