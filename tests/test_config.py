@@ -274,3 +274,17 @@ class TestWrongFiles:
 def test_a_part_of_the_score_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="'clik' is no part of the score; did you mean 'click'"):
         Config.load("files", ["adapt.ranking.score={'clik': 1.0}".replace("'", '"')])
+
+
+@pytest.mark.parametrize(
+    "setting", ["text=some", "rank=0", "layers=[0.5]", "layer_decay=0", "layer_decay=1.5"]
+)
+def test_a_way_of_tuning_that_cannot_be_is_refused(setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"'adapt\.tuning\.{key}"):
+        Config.load("files", [f"adapt.tuning.{setting}"])
+
+
+def test_text_mode_is_no_key_any_more():
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'adapt\.text_mode'"):
+        Config.load("files", ["adapt.text_mode=full"])
