@@ -4,7 +4,9 @@ Users and items are black or white, and users only meet items of their own colou
 order of his own. Any recommender worth its name recommends a user the items of his colour.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from tiny_bert import write_tiny_bert
 
 from tfrec.config import Config
 from tfrec.data.dataset import Dataset
+from tfrec.models.text import TextEncoder
 from tfrec.stages import adapt, prepare
 
 USERS, ITEMS = 40, 24
@@ -139,6 +142,44 @@ def _trained(folder: Path) -> Path:
         "adapt.ranking.epochs=3",
     )
     return train(folder / "run", config(write(folder / "files"), *learns))
+
+
+_tuned: dict[tuple[Path, str], Path] = {}
+
+
+def tuned(tmp_path_factory, method: str) -> Path:
+    """A run whose BERT was tuned by a method; for all tests, changed by none.
+
+    Its folder has the raw files and the BERT beside it, in ``files`` and ``bert``.
+    """
+    key = (tmp_path_factory.getbasetemp(), method)
+    if key not in _tuned:
+        folder = tmp_path_factory.mktemp(f"tuned-{method}")
+        write_tiny_bert(folder / "bert")
+        settings = (
+            f"adapt.text={folder / 'bert'}",
+            f"adapt.tuning.text={method}",
+            "adapt.tuning.text_rate=1.0",
+            "adapt.retrieval.positions=4",
+            "adapt.retrieval.uniform_negatives=8",
+            "adapt.retrieval.epochs=1",
+            'data.item_text=["title"]',
+        )
+        made = config(write(folder / "files"), *settings)
+        _tuned[key] = train(folder / "run", made, ["retrieval"])
+    return _tuned[key]
+
+
+@contextmanager
+def other_bert(run: Path) -> Iterator[TextEncoder]:
+    """Within the block the BERT beside a run is another one, which is given."""
+    base, kept = run.parent / "bert", run.parent / "kept"
+    base.rename(kept)
+    try:
+        yield TextEncoder.load(write_tiny_bert(base, seed=7), length=16)
+    finally:
+        shutil.rmtree(base)
+        kept.rename(base)
 
 
 def _csv(path: Path, columns: dict[str, list[str]]) -> None:

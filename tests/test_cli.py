@@ -13,11 +13,13 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import tfrec
 from tfrec import artifact, cli
+from tfrec.config import TuningMethod
 from tfrec.errors import ArtifactError, ConfigError, InputError, SetupError
 
 HEAVY = ("tensorflow", "tf_keras", "keras", "numpy", "pyarrow", "pydantic", "scipy", "tqdm")
@@ -218,6 +220,23 @@ class TestStages:
         ((_, config, _, given, _),) = calls
         assert given == ("ranking",)
         assert config.adapt.ranking.tasks == tasks
+
+    @pytest.mark.parametrize(
+        ("rest", "expected"),
+        [
+            ([], ("head", "full")),
+            (["--tune", "lora"], ("lora", "lora")),
+            (["--tune", "adapter", "--set", "adapt.tuning.behaviour=full"], ("adapter", "full")),
+        ],
+    )
+    def test_tune_sets_both_methods_and_a_setting_beside_it_wins(self, rest, expected, calls):
+        assert cli.main(["adapt", "files", "--task", "retrieval", *rest]) == 0
+        tuning = calls[0][1].adapt.tuning
+        assert (tuning.text, tuning.behaviour) == expected
+
+    def test_the_methods_of_tune_are_those_of_the_configuration(self):
+        action = next(a for a in dict(verbs())["tfrec adapt"]._actions if a.dest == "tune")
+        assert set(action.choices) == set(get_args(TuningMethod))
 
     def test_options_reach_the_configuration(self, calls, tmp_path):
         line = "run files --set adapt.epochs=7 --set evaluate.k=[3,4] --seed 5 --data-dir 1e3"

@@ -375,3 +375,17 @@ def test_a_part_of_the_score_that_does_not_exist_is_refused():
 def test_what_the_ranker_cannot_be_is_refused(settings, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.load("files", [f"adapt.ranking.{setting}" for setting in settings])
+
+
+@pytest.mark.parametrize(
+    "setting", ["text=some", "rank=0", "layers=[0.5]", "layer_decay=0", "layer_decay=1.5"]
+)
+def test_a_way_of_tuning_that_cannot_be_is_refused(setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"'adapt\.tuning\.{key}"):
+        Config.load("files", [f"adapt.tuning.{setting}"])
+
+
+def test_text_mode_is_no_key_any_more():
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'adapt\.text_mode'"):
+        Config.load("files", ["adapt.text_mode=full"])

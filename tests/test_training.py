@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from tfrec.errors import ConfigError
 from tfrec.models.dropout import Dropout
 from tfrec.models.keras_bridge import set_precision, set_seed, tf, tf_keras
 from tfrec.models.step import TaskModel
-from tfrec.training import Schedule, Trainer, TrainingDivergedError, discard, fit
+from tfrec.training import (
+    Progress,
+    Schedule,
+    Trainer,
+    TrainingDivergedError,
+    discard,
+    fit,
+    peak_memory_mb,
+    step_seconds,
+)
 
 STEPS, ROWS, WIDTH = 4, 8, 3
 
@@ -232,6 +242,11 @@ def test_weight_decay_is_decoupled(tmp_path):
     np.testing.assert_allclose(weights(model), before * (1 - 0.01) ** STEPS, rtol=1e-5)
 
 
+def traces(model):
+    function = getattr(model, "train_tf_function", model.train_function)
+    return function.experimental_get_tracing_count()
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_one_compilation_serves_all_steps_epochs_and_fits(tmp_path, jit):
     model = line()
@@ -240,8 +255,7 @@ def test_one_compilation_serves_all_steps_epochs_and_fits(tmp_path, jit):
     function = model.train_function
     trainer.fit(LineBatches(1), work_dir=tmp_path / "b", title="b", schedule="cosine", epochs=2)
     assert model.train_function is function
-    traced = model.train_tf_function if hasattr(model, "train_tf_function") else function
-    assert traced.experimental_get_tracing_count() == 1
+    assert traces(model) == 1
 
 
 def test_a_second_fit_starts_its_optimizer_and_schedule_anew(tmp_path):
@@ -470,3 +484,124 @@ def test_float16_skips_updates_whose_gradients_overflow(tmp_path):
     np.testing.assert_array_equal(recorder.after[0], first)
     assert np.isfinite(recorder.after[-1]).all()
     assert not np.array_equal(recorder.after[-1], first)
+
+
+# --- a rate for each variable ---
+
+
+class Rate(NamedTuple):
+    """As :class:`tfrec.models.tuning.Rate`."""
+
+    share: float = 1.0
+    wait: int = 0
+
+
+def rated(folder, rates, model=None, batches=None, callbacks=(), validate=None, **settings):
+    """Trains with a rate for the kernel and one for the bias."""
+    trainer = Trainer(model or line(), config(**settings), place("one_device"), rates)
+    trainer.fit(
+        batches or LineBatches(),
+        work_dir=folder,
+        title="line",
+        validate=validate,
+        callbacks=callbacks,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_share_scales_the_steps_and_the_decay_of_its_variable_alone(tmp_path, jit):
+    settings = {"epochs": 1, "weight_decay": 0.1, "clip_norm": 0.0, "jit_compile": jit}
+    first = weights(line())
+    steps = []
+    for number, rates in enumerate([(), (Rate(0.5), Rate(1.0)), (Rate(0.0), Rate(2.0))]):
+        recorder = Recorder()
+        rated(tmp_path / str(number), rates, callbacks=[recorder], **settings)
+        steps.append(recorder.after[0] - first)
+    np.testing.assert_allclose(steps[1], steps[0] * [0.5, 0.5, 0.5, 1], rtol=1e-3)
+    np.testing.assert_allclose(steps[2], steps[0] * [0, 0, 0, 2], rtol=1e-3)
+
+
+def test_the_decay_follows_the_share(tmp_path):
+    class Flat(Line):
+        def compute_loss(self, inputs, training=False):
+            return 0.0 * super().compute_loss(inputs)
+
+    set_seed(1)
+    model = Flat()
+    model.dense.bias.assign([2.0])
+    before = weights(model)
+    rates = (Rate(0.5), Rate(1.0))
+    rated(tmp_path, rates, model, epochs=1, weight_decay=0.1, learning_rate=0.1)
+    left = np.array([0.995, 0.995, 0.995, 0.99]) ** STEPS
+    np.testing.assert_allclose(weights(model), before * left, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "jit"), [("float32", False), ("float32", True), ("mixed_float16", False)]
+)
+def test_what_waits_does_not_move_to_the_bit_and_then_does_without_retracing(
+    tmp_path, precision, jit
+):
+    set_precision(precision)
+    try:
+        model, recorder, goal = line(), Recorder(), Goal([0.1] * 4)
+        model.dense.bias.assign([0.1])  # no power of two: an average of it could be off
+        goal.model = model
+        settings = {"ema": 0.9, "weight_decay": 0.1, "jit_compile": jit, "precision": precision}
+        rates = (Rate(), Rate(1.0, wait=2))
+        rated(tmp_path, rates, model, None, [recorder], goal, epochs=4, **settings)
+    finally:
+        set_precision("float32")
+    biases = [after[3] for after in recorder.after]
+    assert biases[: 2 * STEPS] == [np.float32(0.1)] * (2 * STEPS)
+    assert [seen[3] for seen in goal.seen[:2]] == [np.float32(0.1)] * 2
+    assert len(set(biases)) > STEPS
+    assert goal.seen[-1][3] != np.float32(0.1)
+    assert len({after[0] for after in recorder.after}) > 3 * STEPS
+    assert traces(model) == 1
+
+
+def test_what_waits_counts_for_nothing_in_the_norm_that_is_clipped(tmp_path):
+    model = line(scale=1e3)
+    one = LineBatches()
+    one.steps_per_epoch = 1
+    trainer = rated(tmp_path, (Rate(), Rate(1.0, 1)), model, one, epochs=1, clip_norm=0.5)
+    moments = {v.name: v.numpy() for v in trainer.optimizer.variables if v.name.startswith("m/")}
+    kernel, bias = (moments[name] for name in sorted(moments, key=lambda n: "bias" in n))
+    assert np.linalg.norm(kernel) == pytest.approx(0.5 * (1 - trainer.optimizer.beta_1), rel=1e-4)
+    assert not bias.any()
+
+
+def test_epochs_of_earlier_fits_count_as_waited(tmp_path):
+    model, recorder = line(), Recorder()
+    trainer = Trainer(model, config(epochs=2), place("one_device"), (Rate(), Rate(1.0, 3)))
+    settings = {"title": "x", "callbacks": [recorder]}
+    trainer.fit(LineBatches(), work_dir=tmp_path / "a", waited=2, **settings)
+    biases = [after[3] for after in recorder.after]
+    assert biases[:STEPS] == [0.0] * STEPS
+    assert 0.0 not in biases[STEPS:]
+
+
+def test_a_training_with_rates_goes_on_after_a_kill_as_if_there_had_been_none(tmp_path):
+    rates, settings = (Rate(0.5), Rate(1.0, 2)), {"ema": 0.8, "schedule": "cosine"}
+    whole = rated(tmp_path / "whole", rates, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        rated(tmp_path / "cut", rates, callbacks=[Interrupt(2 * STEPS + 1)], **settings)
+    cut = rated(tmp_path / "cut", rates, line(seed=9), **settings)
+    np.testing.assert_array_equal(weights(cut.model), weights(whole.model))
+
+
+# --- what it costs ---
+
+
+def test_the_time_of_a_step_is_the_median_without_the_first_epoch():
+    seconds = [10.0, 12.0, 13.0, 99.0]
+    history = [{"step": 5.0 * (i + 1), "seconds": s} for i, s in enumerate(seconds)]
+    assert step_seconds(Progress(history=history)) == pytest.approx(2 / 5)
+    assert step_seconds(Progress(history=history[:1])) == pytest.approx(2.0)
+
+
+def test_the_memory_of_the_process_holds_what_it_holds():
+    held = np.ones(40_000_000, np.uint8)
+    assert held.nbytes / 1e6 < peak_memory_mb() < 1e6

@@ -1,5 +1,7 @@
 """The engine of a trained run, and how the run becomes a Recommender."""
 
+from dataclasses import replace
+
 import checkerboard as board
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ def recommender(run):
 
 def test_a_card_survives_json():
     card = RetrievalCard(3, 2, 0, 1, 9, EventCoding(("a", "b"), 1.0, 5.0), ("select", "final"))
+    assert RetrievalCard.parse(card.dump()) == card
+    card = replace(card, text_digest="ab", pretrained=("query_tower.encoder.norm.beta",))
     assert RetrievalCard.parse(card.dump()) == card
 
 

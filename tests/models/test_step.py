@@ -148,17 +148,25 @@ def test_the_same_seed_gives_the_same_losses_and_weights_and_another_gives_other
 # --- precision ---
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_half_precision_trains_nearly_as_float32_does(precision):
-    batches = make_batches()
-    _, exact, _ = updated(make_two_tower(), batches, steps=6, jit=True)
+@pytest.mark.parametrize(
+    ("precision", "loss", "steps"),
+    [
+        ("mixed_bfloat16", "full_softmax", 6),
+        ("mixed_float16", "full_softmax", 6),
+        ("mixed_bfloat16", "sampled", 3),
+    ],
+)
+def test_half_precision_trains_nearly_as_float32_does(precision, loss, steps):
+    batches = make_batches(sampled=None if loss == "full_softmax" else sampled())
+    config = small_config(loss=loss)
+    _, exact, _ = updated(make_two_tower(config), batches, steps, jit=True)
     set_precision(precision)
     try:
         optimizer = tf_keras.optimizers.SGD(0.5)
         if precision == "mixed_float16":
             optimizer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer, initial_scale=256.0)
         model, losses, _ = updated(
-            make_two_tower(), batches, steps=6, jit=True, optimizer=optimizer
+            make_two_tower(config), batches, steps, jit=True, optimizer=optimizer
         )
     finally:
         set_precision("float32")

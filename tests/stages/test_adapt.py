@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import checkerboard as board
 import numpy as np
@@ -18,6 +19,8 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TRAIN, VALID, Interactions
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender, load_two_tower
+from tfrec.models.named import named_variables, read, save
+from tfrec.models.text import TextEncoder
 from tfrec.recommender import Request
 from tfrec.stages import adapt, prepare
 
@@ -387,32 +390,88 @@ class TestTooLittle:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    folder = board.write(tmp_path_factory.mktemp("full"))
-    write_tiny_bert(folder / "bert")
-    settings = (
-        f"adapt.text={folder / 'bert'}",
-        "adapt.tuning.text=full",
-        "adapt.retrieval.positions=4",
-        "adapt.retrieval.uniform_negatives=8",
-        "adapt.retrieval.epochs=1",
-        'data.item_text=["title"]',
-    )
-    return board.train(folder / "run", board.config(folder, *settings), ["retrieval"])
+    return board.tuned(tmp_path_factory, "full")
 
 
-class TestTextTrainedEndToEnd:
-    def test_the_bert_itself_changes_and_each_cut_has_texts_of_its_own(self, full):
-        found = artifact(full)
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return board.tuned(tmp_path_factory, "lora")
+
+
+class TestTextTuned:
+    @pytest.mark.parametrize("method", ["full", "lora"])
+    def test_the_bert_itself_changes_and_each_cut_has_texts_of_its_own(self, method, request):
+        found = artifact(request.getfixturevalue(method))
         before = np.load(found.file("text.npy"))
         select, final = (np.load(found.file(f"{cut}/text.npy")) for cut in ("select", "final"))
         assert np.abs(select - before).max() > 1e-4
         assert np.abs(final - select).max() > 1e-5
 
-    def test_the_reloaded_bert_reads_as_the_trained_one_did(self, full):
-        recommender = load_recommender(full)
+    @pytest.mark.parametrize("method", ["full", "lora"])
+    def test_the_reloaded_bert_reads_as_the_trained_one_did(self, method, request):
+        recommender = load_recommender(request.getfixturevalue(method))
         texts = recommender.catalog.texts[1:4]
         again = recommender.engine.encode_text(texts)
         np.testing.assert_allclose(again, recommender.text[1:4], atol=1e-5)
+
+    def test_only_the_difference_to_the_base_is_saved(self, full, lora):
+        names = set(read(artifact(lora).file("final/weights.safetensors")))
+        bert = {name for name in names if name.startswith("encoder.")}
+        assert len(bert) == 8
+        assert all("lora_kernel" in name for name in bert)
+        assert {"candidate_tower.ids", "candidate_tower.text.kernel"} <= names - bert
+        sizes = [artifact(run).metrics["difference_bytes"] for run in (full, lora)]
+        assert sizes[1] == artifact(lora).files["select/weights.safetensors"]["bytes"]
+        assert sizes[0] - sizes[1] > 4 * 20_000
+
+    def test_what_was_trained_and_what_it_took_is_told(self, lora):
+        told = artifact(lora).metrics
+        # 2 layers, query and value, rank 4: A is 32 x 2 heads x 4, B is 4 x 16
+        assert told["text_weights_trained"] == 2 * 2 * (32 * 2 * 4 + 4 * 16)
+        encoder = TextEncoder.load(lora.parent / "bert", length=16)
+        base = sum(v.numpy().size for v in named_variables(encoder).values())
+        assert told["text_weights_total"] == base + told["text_weights_trained"]
+        towers = told["weights"] - told["text_weights_trained"]
+        assert told["weights_total"] == towers + told["text_weights_total"]
+        assert 0 < told["step_seconds"] < 600
+        assert 10 < told["peak_memory_mb"] < 1e6
+
+    def test_a_frozen_bert_counts_too(self, finished):
+        told = artifact(finished).metrics
+        assert told["text_weights_trained"] == 0
+        assert told["weights_total"] == told["weights"] + told["text_weights_total"]
+
+    @pytest.mark.parametrize("method", ["lora", "head"])
+    def test_another_base_is_refused(self, method, request, finished):
+        run = finished if method == "head" else request.getfixturevalue(method)
+        with board.other_bert(run) as other, pytest.raises(ArtifactError) as refused:
+            load_recommender(run).engine.encode_text(["war"])
+        line = str(refused.value)
+        assert other.digest()[:12] in line
+        assert told(run, "retrieval")["text_digest"][:12] in line
+        assert "\n" not in line
+        assert "train again" in line
+
+    def test_a_weight_that_is_not_there_is_named(self, lora, tmp_path):
+        found = artifact(lora)
+        shutil.copytree(found.path, tmp_path / "copy")
+        path = tmp_path / "copy" / "final" / "weights.safetensors"
+        weights = read(path)
+        del weights["candidate_tower.ids"]
+        save(path, weights)
+        broken = replace(found, path=tmp_path / "copy")
+        with pytest.raises(ArtifactError, match=r"has no weight 'candidate_tower\.ids'"):
+            load_two_tower(broken, Dataset.load(lora / "prepare"), "final")
+
+    def test_a_layer_that_is_not_there_is_named_and_nothing_is_left(self, small, tmp_path):
+        write_tiny_bert(tmp_path / "bert")
+        wrong = ("adapt.tuning.text=lora", "adapt.tuning.layers=[5]")
+        config = board.config(
+            small, f"adapt.text={tmp_path / 'bert'}", *wrong, 'data.item_text=["title"]'
+        )
+        with pytest.raises(ConfigError, match=r"adapt.tuning.layers names layer 5"):
+            board.train(tmp_path / "run", config, ["retrieval"])
+        assert not (tmp_path / "run" / "adapt" / "retrieval").exists()
 
 
 def test_profiles_without_item_texts_leave_the_bert_as_it_is(small, tmp_path):

@@ -17,6 +17,8 @@ import ctypes
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tfrec.errors import ConfigError, SetupError
@@ -62,6 +64,17 @@ def set_precision(name: str) -> None:
         raise ConfigError(f"precision '{name}' is not one of {', '.join(PRECISIONS)}")
     tf_keras.mixed_precision.set_global_policy(name)
     _import("keras").config.set_dtype_policy(name)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block tf_keras layers are made for float32, whatever the policy."""
+    policy = tf_keras.mixed_precision.global_policy()
+    tf_keras.mixed_precision.set_global_policy("float32")
+    try:
+        yield
+    finally:
+        tf_keras.mixed_precision.set_global_policy(policy)
 
 
 def set_seed(seed: int) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tfrec.config import RetrievalConfig
 from tfrec.data.sequences import EventCoding, Histories, query_arrays
-from tfrec.models.keras_bridge import tf, tfrs
+from tfrec.models.keras_bridge import full_precision, tf, tfrs
 from tfrec.models.losses import across_replicas, full_softmax_loss
 from tfrec.models.step import TaskModel
 from tfrec.models.towers import CandidateTower, QueryTower
@@ -85,11 +85,12 @@ class TwoTower(TaskModel):
         self._popularity = tf.constant(even if popularity is None else popularity)
         self._shift = tf.Variable(tf.zeros([rows]), trainable=False, name="shift")
         self.learn_from(np.arange(rows) > 0)
-        self.task = tfrs.tasks.Retrieval(
-            temperature=config.temperature,
-            remove_accidental_hits=True,
-            num_hard_negatives=config.hard_negatives or None,
-        )
+        with full_precision():
+            self.task = tfrs.tasks.Retrieval(
+                temperature=config.temperature,
+                remove_accidental_hits=True,
+                num_hard_negatives=config.hard_negatives or None,
+            )
         self._touch()
 
     shared_keys = ("denominator", "items", "negatives", "token_ids", "padding_mask")
@@ -167,20 +168,21 @@ class TwoTower(TaskModel):
         weights = tf.reshape(inputs["weight"], [-1])
         uniform = 1.0 / tf.reduce_sum(tf.cast(tf.equal(self._shift, 0.0), tf.float32))
         negative_ids = tf.gather(inputs["items"], inputs["negatives"])
-        return self.task(
-            query_embeddings=tf.cast(queries, tf.float32),
-            candidate_embeddings=_joined(
-                tf.gather(vectors, targets), tf.gather(vectors, inputs["negatives"])
-            ),
-            candidate_ids=_joined(ids, negative_ids),
-            candidate_sampling_probability=_joined(
-                tf.where(weights > 0, tf.gather(self._popularity, ids), uniform),
-                tf.fill(tf.shape(negative_ids), uniform),
-            ),
-            sample_weight=weights,
-            compute_metrics=False,
-            compute_batch_metrics=False,
-        )
+        with full_precision():  # the task makes layers of its own when it is called
+            return self.task(
+                query_embeddings=tf.cast(queries, tf.float32),
+                candidate_embeddings=_joined(
+                    tf.gather(vectors, targets), tf.gather(vectors, inputs["negatives"])
+                ),
+                candidate_ids=_joined(ids, negative_ids),
+                candidate_sampling_probability=_joined(
+                    tf.where(weights > 0, tf.gather(self._popularity, ids), uniform),
+                    tf.fill(tf.shape(negative_ids), uniform),
+                ),
+                sample_weight=weights,
+                compute_metrics=False,
+                compute_batch_metrics=False,
+            )
 
     def _touch(self) -> None:
         """Builds every weight, so that checkpoints and optimizers know them all."""

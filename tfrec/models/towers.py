@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
@@ -154,12 +155,15 @@ class QueryTower(tf_keras.layers.Layer):
             inputs["gap"] = GAP_BUCKETS
         if request_time:
             inputs["next_gap"] = GAP_BUCKETS
-        self.tables = {
-            name: self.add_weight(
-                name=name, shape=(size, embedding_dim), initializer=_small_normal()
-            )
-            for name, size in inputs.items()
-        }
+        # No plain dict: Keras would track its variables apart, and train them though frozen.
+        self.tables = MappingProxyType(
+            {
+                name: self.add_weight(
+                    name=name, shape=(size, embedding_dim), initializer=_small_normal()
+                )
+                for name, size in inputs.items()
+            }
+        )
         self.profile = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="profile"
         )
