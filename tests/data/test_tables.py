@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tfrec.data import tables
 from tfrec.data.tables import Columns, open_table
 from tfrec.errors import InputError
 
@@ -51,6 +52,25 @@ def test_every_format_gives_the_same_rows(tmp_path, ending, packed):
     assert reader.columns == ("user_id", "item_id", "n")
     assert everything(reader) == ROWS
     assert everything(reader, ["n"]) == [{"n": "1"}, {"n": "2"}, {"n": "3"}]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_a_text_file_has_a_row_for_each_line(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(tables, "_LINES", 2)
+    path = tmp_path / f"t.txt{packed}"
+    content = '\ufeffé, "quoted"\r\n\n  two words \nlast'.encode()
+    path.write_bytes(gzip.compress(content) if packed else content)
+    reader = open_table(path, "--texts")
+    assert reader.columns == ("text",)
+    lines = ['é, "quoted"', "", "  two words ", "last"]
+    assert everything(reader) == [{"text": line} for line in lines]
+    assert reader.where(2) == "line 3"
+
+
+def test_a_text_file_that_is_not_utf_8_says_in_which_line(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"one\nf\xfcnf\n")
+    with pytest.raises(InputError, match=r"t\.txt, line 2: is not UTF-8"):
+        everything(open_table(tmp_path / "t.txt", "--texts"))
 
 
 def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path):

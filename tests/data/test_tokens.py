@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_bert import VOCABULARY, write_tiny_bert
 
+from tfrec.data import tokens
 from tfrec.data.tokens import BUCKETS, TextTokenizer, bucket, padded
 from tfrec.errors import ConfigError, InputError
 
@@ -130,6 +131,19 @@ def test_coverage_counts_characters_not_tokens(tokenizer):
     # ideographs are a token each, and the three others (each between ideographs) one each.
     assert cover.unknown == pytest.approx(8 / 19)
     assert cover.characters_per_token == pytest.approx(19 / 11)
+
+
+def test_coverage_counts_the_texts_that_are_cut_off(folder):
+    short = TextTokenizer.load(folder, 5)
+    assert short.coverage(["the film war", "the film war love", "film " * 20_000]).cut == 2
+
+
+def test_long_texts_are_tokenised_a_few_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "_CHARACTERS", 10)
+    texts = ["the", "the film war", "film " * 30, "", "war"]
+    sizes = [len(chunk) for chunk in tokens._chunks(texts)]
+    assert sizes == [2, 1, 2]
+    assert len(list(tokenizer.ids(texts))) == 5
 
 
 def test_coverage_of_nothing_is_nothing(tokenizer):

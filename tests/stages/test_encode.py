@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tfrec import __version__
+from tfrec import __version__, cli
 from tfrec.artifact import Artifact
 from tfrec.data.interactions import TRAIN, VALID
 from tfrec.errors import ArtifactError, InputError, SetupError
@@ -152,6 +152,22 @@ def test_another_cut_has_other_weights(run, recommender, tmp_path):
     assert told["cut"] == "select"
     np.testing.assert_array_equal(vectors, load_recommender(run, "select").vectors[1:])
     assert len(recommender.interactions) > len(recommender.interactions.part(TRAIN, VALID))
+
+
+def test_the_command_hands_everything_on_and_prints_the_path(
+    run, recommender, tmp_path, file, capsys
+):
+    out = tmp_path / "out.parquet"
+    command = ["encode", str(run), "--what", "texts", "--texts", str(file), "--column", "body"]
+    more = ["--id", "more", "--role", "query", "--cut", "final", "--space", "text"]
+    assert cli.main([*command, *more, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    ids, _, told = read(out)
+    assert ids == ["x"] * 6
+    assert (told["id"], told["role"]) == ("more", "query")
+    assert cli.main([*command, "--out", str(out)]) == 2
+    assert "its role and id are not the same" in capsys.readouterr().err
+    assert cli.main([*command, "--out", str(out), "--force"]) == 0
 
 
 # ---- again, interrupted, replaced

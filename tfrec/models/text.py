@@ -243,7 +243,7 @@ class TextEncoder(Hosted):
         texts: Sequence[str],
         *,
         role: Role = "",
-        tokens_per_batch: int = 2048,
+        tokens_per_batch: int = 1024,
         progress: bool = False,
     ) -> NDArray[np.float32]:
         """Vectors of any number of texts; equal texts are encoded once.
