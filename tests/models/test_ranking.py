@@ -73,6 +73,13 @@ def fused(fusion: str = "mmoe", **changes: Any) -> RankingConfig:
 FUSIONS = ("linear", "gated", "mmoe")
 
 
+def off_zero(model: Ranker) -> None:
+    """Gives a linear fusion, which starts from zero, weights."""
+    if model.config.fusion == "linear":
+        kernel = model.fusion.logits.kernel
+        kernel.assign(tf.random.normal(kernel.shape))
+
+
 def outputs(model: Ranker, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {task: values.numpy() for task, values in model(given).items()}
 
@@ -173,6 +180,7 @@ def test_a_compiled_training_step_does_what_eager_execution_says():
 @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
 def test_every_weight_is_there_from_the_start_and_learns(fusion, weighting):
     model = ranker(config=fused(fusion, task_weighting=weighting))
+    off_zero(model)
     names = len(model.variables)
     with tf.GradientTape() as tape:
         loss = model.compute_loss(inputs(rows=16), training=True)
@@ -344,6 +352,7 @@ def test_what_a_catalog_does_not_have_may_be_of_width_0(absent, fusion):
 )
 def test_every_source_reaches_every_task(fusion, source):
     model, batch = ranker(config=fused(fusion)), inputs()
+    off_zero(model)
     before = outputs(model, batch)
     after = outputs(model, batch | {source: batch[source] + 3 * np.sin(batch[source] * 99)})
     for task in TASKS:
@@ -353,6 +362,7 @@ def test_every_source_reaches_every_task(fusion, source):
 def test_linear_fusion_is_a_weighted_sum_of_the_features():
     model, batch = ranker(config=fused("linear")), inputs()
     features = np.concatenate([s.numpy() for s in model._sources(batch)], axis=-1)
+    off_zero(model)
     kernel, bias = model.fusion.get_weights()
     found = model._logits(batch, False)
     for i, task in enumerate(TASKS):

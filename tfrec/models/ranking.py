@@ -324,7 +324,10 @@ class LinearFusion(Fusion):
 
     def __init__(self, config: RankingConfig, tasks: int, **kwargs: Any) -> None:
         super().__init__(config, tasks, **kwargs)
-        self.logits = tf_keras.layers.Dense(tasks, dtype="float32", name="logits")
+        # From zero: a sum has no symmetry to break, and what is random would only be noise.
+        self.logits = tf_keras.layers.Dense(
+            tasks, kernel_initializer="zeros", dtype="float32", name="logits"
+        )
 
     def call(self, sources: Sequence[Any], training: bool = False) -> Any:
         """See :class:`Fusion`."""
