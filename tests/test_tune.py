@@ -90,7 +90,8 @@ class TestSearch:
 
         (out / "alone").mkdir()
         (out / "alone" / "prepare").symlink_to(files / "run" / "prepare")
-        alone = adapt.run(board.config(files, "seed=3"), out / "alone", "retrieval")
+        plain = board.config(files, "seed=3", "adapt.refit=false")
+        alone = adapt.run(plain, out / "alone", "retrieval")
         assert first["value"] == alone.metrics["validation"]
 
         best = max(first, second, key=lambda trial: trial["value"])
@@ -141,7 +142,8 @@ class TestSearch:
 
     def test_a_trial_differs_from_the_configuration_in_nothing_else(self, files, out, fake):
         config = settings(files, 2, SPACE, "tune.epochs=1", "adapt.retrieval.epochs=9")
-        tune.run(config, out, say=lambda _: None)
+        made = tune.run(config, out, say=lambda _: None)
+        assert "at most 1 epochs, and the configuration says 9" in tune.summary(made)
         trial = fake.trained[1]
         own = {"adapt.refit": False, "adapt.retrieval.epochs": 1}
         assert trial == config.changed({**own, **trials_of(out)[1]["values"]})
@@ -261,7 +263,7 @@ def wait_for(process, met) -> None:
     raise AssertionError("it did not come so far in time")
 
 
-LONG = ("adapt.retrieval.epochs=40", "adapt.retrieval.patience=0")
+LONG = ("adapt.retrieval.epochs=15", "adapt.retrieval.patience=0")
 
 
 @pytest.mark.slow
@@ -277,7 +279,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(files, out):
     process.communicate(timeout=60)
     (file,) = out.glob(".tune.work/*/trial-1/adapt/.retrieval.work/*/select/state.json")
     stopped = json.loads(file.read_text())["epoch"]
-    assert 3 <= stopped < 40
+    assert 3 <= stopped < 15
     assert not (out / "tune").exists()
 
     seen: list[int] = []
@@ -292,11 +294,11 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(files, out):
         said: list[str] = []
         tune.run(config, out, say=said.append)
     assert "1 trials are there already" in said
-    assert seen == list(range(stopped, 40))
+    assert seen == list(range(stopped, 15))
     first, second = trials_of(out)
     assert first["values"] == {RATE: 0.002, LAYERS: 1}
-    assert [epoch for epoch, _ in second["curve"]][-1] == 40
-    assert len(second["curve"]) >= 39  # the kill may fall between a checkpoint and its report
+    assert [epoch for epoch, _ in second["curve"]][-1] == 15
+    assert len(second["curve"]) >= 14  # the kill may fall between a checkpoint and its report
     assert not list(out.glob(".tune.work/*/worker-*"))
 
 

@@ -396,6 +396,7 @@ class _Search:
             "optuna_version": optuna.__version__,
             "pruner": self.config.tune.pruner,
             "epochs": _fixed(self.config)[f"adapt.{self.task}.epochs"],
+            "epochs_configured": self.config.at(f"adapt.{self.task}.epochs"),
             "space": self.recipe["tune"]["space"],
             "toml": self.config.changed(ready).toml(),
             "importance": self._importance(),

@@ -165,6 +165,12 @@ def _findings(tree: Tree) -> list[str]:
             f"{len(tree['trials'])} trials, and so too high; the test events were not looked at. "
             "An evaluation with best.toml measures what is left of the gain.",
         ]
+    if tree["epochs"] < tree["epochs_configured"]:
+        found.append(
+            f"Every trial, trial 0 too, has trained for at most {tree['epochs']} epochs, and the "
+            f"configuration says {tree['epochs_configured']}: short trainings favour settings that "
+            "learn fast, and a gain here may not be one after the whole training."
+        )
     return [*found, *(["Some trials failed; see below why."] if _of(tree, "failed") else [])]
 
 
@@ -174,7 +180,7 @@ def _changes(tree: Tree) -> str:
         ([escape(key), _strong(_shown(best[key]), best[key] != was), escape(_shown(was))], "")
         for key, was in tree["base"].items()
     ]
-    return table(["setting", "best", "untuned"], rows, "narrow") + (
+    return table(["", "best", "untuned"], rows, "narrow") + (
         "<details><summary>best.toml</summary>"
         f"<pre>{escape(_toml(tree))}</pre></details>"
     )  # fmt: skip
@@ -310,7 +316,7 @@ def _each_setting(tree: Tree) -> Figure:
     keys = list(tree["base"])
     across = min(len(keys), _ACROSS)
     rows = -(-len(keys) // across)
-    drawn, axes = panels(across, WIDTH, 0.4 + 2.3 * rows, rows)
+    drawn, axes = panels(across, WIDTH, 0.3 + 1.95 * rows, rows)
     for axis, key in zip(axes, keys, strict=False):
         told = tree["space"][key]
         if isinstance(told, list):
