@@ -41,7 +41,8 @@ bench: $(DEV) ## measure everything that docs/benchmarks quotes (hours on two co
 bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an environment of its own)
 	$(BIN)/python benchmarks/train_throughput.py $(BENCH)
 
-bench-pretrain: $(TRAIN) ## encoding of texts beside a plain tf.function
+bench-pretrain: $(TRAIN) ## pretraining beside RecTools' BERT4Rec, encoding beside a plain tf.function
+	$(BIN)/python benchmarks/train_throughput.py --masked $(BENCH)
 	$(BIN)/python benchmarks/encode.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything

@@ -1,8 +1,8 @@
 """What pretraining gives: the rows 1 to 4 of docs/benchmarks/pretraining.md.
 
-    python benchmarks/pretraining.py TABLE [--seeds 1 2 3 4 5] [--raw NAME=DIR ...] [--out DIR]
+    python benchmarks/pretraining.py [TABLE ...] [--seeds 1 2 3 4 5] [--raw NAME=DIR ...] [--out DIR]
 
-TABLE is one of:
+Without a TABLE all of them are made:
 
     objectives    MovieLens-100K: no pretraining, each objective alone, and the mixture
     large         MovieLens-1M: no pretraining and the mixture
@@ -242,15 +242,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", help="only sides whose name holds this text")
     parser.add_argument("--raw", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--out", type=Path, default=Path("saved_models/benchmarks/pretraining"))
     arguments = parser.parse_args()
     raw = dict(given.split("=", 1) for given in arguments.raw)
-    sides = [s for s in TABLES[arguments.table]() if (arguments.only or "") in s.name]
-    table(Runs(arguments.out, raw), sides, arguments.seeds)
+    for name in arguments.tables or TABLES:
+        if name not in TABLES:
+            parser.error(f"'{name}' is none of {', '.join(TABLES)}")
+        print(f"\n{name}\n")
+        sides = [side for side in TABLES[name]() if (arguments.only or "") in side.name]
+        table(Runs(arguments.out, raw), sides, arguments.seeds)
 
 
 if __name__ == "__main__":

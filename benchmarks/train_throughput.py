@@ -1,6 +1,7 @@
-"""Training throughput of the two-tower beside SASRec of RecTools (PyTorch), in one run.
+"""Training throughput beside RecTools (PyTorch) in one run: the two-tower and SASRec, or, with
+--masked, pretraining by masked events and BERT4Rec.
 
-    python benchmarks/train_throughput.py [--peer-python PATH] [--raw DIR]
+    python benchmarks/train_throughput.py [--masked] [--peer-python PATH] [--raw DIR]
 
 Both sides train on the same events (the training part of leave-one-out, each user's last ones), on
 the item ids alone, with the same width, blocks, heads, width of the feed-forward layers, length,
@@ -37,6 +38,7 @@ import numpy as np
 
 RECTOOLS, TORCH = "0.19.0", "2.13.0"
 WIDTH, BLOCKS, HEADS, DROPOUT = 64, 2, 2, 0.2
+MASKED = 0.15  # share of the events that are hidden, the default of RecTools
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -67,12 +69,13 @@ class Turns:
         self.ends.append(time.perf_counter())
 
 
-def ours(events: Path, batch: int, length: int, feed_forward: int) -> None:
-    from tfrec.config import RetrievalConfig
+def ours(events: Path, batch: int, length: int, feed_forward: int, masked: int) -> None:
+    from tfrec.config import PretrainConfig, RetrievalConfig
     from tfrec.data.sequences import EventCoding, Histories, PackedSequences
     from tfrec.distribution import place
     from tfrec.models.batches import TrainingBatches
     from tfrec.models.keras_bridge import set_seed, tf_keras
+    from tfrec.models.pretraining import Pretrainer
     from tfrec.models.retrieval import TwoTower
     from tfrec.training import Trainer
 
@@ -91,8 +94,15 @@ def ours(events: Path, batch: int, length: int, feed_forward: int) -> None:
     set_seed(1)
     nothing, nobody = np.zeros((items + 1, 0), np.float32), np.zeros((users, 0), np.float32)
     model = TwoTower(config, nothing, nothing, EventCoding())
-    Trainer(model, config, place("one_device"))
-    batches = TrainingBatches(sequences, config.batch_size, nobody, nobody)
+    objectives: Any = {}
+    if masked:
+        hides = PretrainConfig(
+            objectives={"masked": 1.0}, mask_rate=MASKED, batch_size=config.batch_size
+        )
+        model = Pretrainer(model, hides)
+        objectives = model.objectives
+    Trainer(model, hides if masked else config, place("one_device"))
+    batches = TrainingBatches(sequences, config.batch_size, nobody, nobody, objectives=objectives)
     turns = Turns()
 
     class Clock(tf_keras.callbacks.Callback):
@@ -106,7 +116,7 @@ def ours(events: Path, batch: int, length: int, feed_forward: int) -> None:
     turns.serve(run)
 
 
-def peer(events: Path, batch: int, length: int, feed_forward: int) -> None:
+def peer(events: Path, batch: int, length: int, feed_forward: int, masked: int) -> None:
     import logging
     import warnings
 
@@ -115,7 +125,7 @@ def peer(events: Path, batch: int, length: int, feed_forward: int) -> None:
     from pytorch_lightning import Callback, Trainer
     from rectools import Columns
     from rectools.dataset import Dataset
-    from rectools.models import SASRecModel
+    from rectools.models import BERT4RecModel, SASRecModel
     from rectools.models.nn.item_net import IdEmbeddingsItemNet
 
     warnings.filterwarnings("ignore")
@@ -131,10 +141,11 @@ def peer(events: Path, batch: int, length: int, feed_forward: int) -> None:
             Columns.Datetime: pd.Timestamp("2000-01-01") + pd.to_timedelta(range(len(item)), "s"),
         }
     )
-    model = SASRecModel(
+    made = BERT4RecModel if masked else SASRecModel
+    model = made(
         n_blocks=BLOCKS, n_heads=HEADS, n_factors=WIDTH, session_max_len=length,
         dropout_rate=DROPOUT, loss="softmax", batch_size=batch,
-        item_net_block_types=(IdEmbeddingsItemNet,),
+        item_net_block_types=(IdEmbeddingsItemNet,), **({"mask_prob": MASKED} if masked else {}),
     )  # fmt: skip
     model._build_model_from_dataset(Dataset.construct(frame))
     loader = model.data_preparator.get_dataloader_train()
@@ -247,7 +258,7 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
     threads = str(told.threads)
     env = {**os.environ, "TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": threads}
     theirs = {**os.environ, **MALLOC, "OMP_NUM_THREADS": threads}
-    sizes = (batch, told.length, told.feed_forward)
+    sizes = (batch, told.length, told.feed_forward, int(told.masked))
     sides = {
         "ours": Side("ours", sys.executable, events, env, *sizes),
         "rectools": Side("peer", python, events, theirs, *sizes),
@@ -267,6 +278,7 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
     return {
         "data": events.stem,
         "batch": batch,
+        "masked": told.masked,
         "feed_forward": told.feed_forward,
         "steps": steps,
         "rates": rates,
@@ -278,7 +290,7 @@ def compare(events: Path, batch: int, python: str, told: argparse.Namespace) -> 
 def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         side = {"ours": ours, "peer": peer}[sys.argv[2]]
-        side(Path(sys.argv[3]), *map(int, sys.argv[4:7]))
+        side(Path(sys.argv[3]), *map(int, sys.argv[4:8]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", default="", help=f"a Python with RecTools {RECTOOLS}")
@@ -287,6 +299,9 @@ def main() -> None:
     )
     parser.add_argument("--data", nargs="+", default=["movielens-100k", "movielens-1m"])
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 32], help="sequences")
+    parser.add_argument(
+        "--masked", action="store_true", help="pretraining by masked events, beside BERT4Rec"
+    )
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--feed-forward", type=int, default=1, help="of ours, in widths")
     parser.add_argument("--threads", type=int, default=2)
