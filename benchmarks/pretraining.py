@@ -1,6 +1,6 @@
 """What pretraining gives: the rows 1 to 4 of docs/benchmarks/pretraining.md.
 
-    python benchmarks/pretraining.py [TABLE ...] [--seeds 1 2 3 4 5] [--raw NAME=DIR ...] [--out DIR]
+    python benchmarks/pretraining.py [TABLE ...] [--seeds 1 2 3 4 5] [--raw NAME=DIR ...]
 
 Without a TABLE all of them are made:
 

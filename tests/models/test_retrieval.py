@@ -30,7 +30,7 @@ def batch_of(batches):
 
 def encoded(model, batch):
     """Candidate vectors and the query vectors of every place of a batch."""
-    vectors = model._candidates(batch, training=False)
+    vectors = model.candidates(batch, training=False)
     hidden = model.query_tower(
         tf.gather(vectors, batch["item"]), batch, batch["profile"], batch["attributes"]
     )

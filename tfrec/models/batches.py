@@ -120,6 +120,7 @@ class TrainingBatches:
             batch[name] = table[user] * known[:, :, None].astype(np.float32)
 
     def _cut(self, whole: Arrays, generator: np.random.Generator, mine: range) -> Iterator[Arrays]:
+        del whole["user"]
         negatives = np.zeros(0, np.int32)
         if self.sampled is not None:
             _choose_positions(whole, self.sampled.positions, generator)
