@@ -32,7 +32,7 @@ def encoded(run, artifact, cut):
 
 @pytest.fixture(scope="module", params=TOLERANCE)
 def both(request, tmp_path_factory):
-    """A method, its run without the base from here on, the merged artifact, what was and is."""
+    """A method, the old and the merged artifact, what that gave, and what this does alone."""
     method, out = request.param, tmp_path_factory.mktemp("merged")
     run = board.tuned(tmp_path_factory, method)
     old = Artifact.load(run / "adapt" / "retrieval")
@@ -43,9 +43,9 @@ def both(request, tmp_path_factory):
     try:
         new = Artifact.load(out / "new" / "merged", "retrieval")
         after = {cut: encoded(run, new, cut) for cut in ("select", "final")}
-        yield method, old, new, before, after
     finally:
         aside.rename(base)
+    return method, old, new, before, after
 
 
 def test_the_merged_artifact_gives_the_same_without_the_base(both):

@@ -47,10 +47,9 @@ def run(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Artifact
     parents = {**found.parents, MERGED: found.digest}
     with writing(out, kind="retrieval", config=config, parents=parents) as draft:
         draft.metrics |= found.metrics
-        for name in found.files:
-            if Path(name).suffix in (".npy", ".json") and "/text/" not in f"/{name}":
-                (draft.path / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(found.file(name), draft.path / name)
+        for name in found.files.keys() - {f"{cut}/{WEIGHTS}" for cut in card["cuts"]}:
+            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found.file(name), draft.path / name)
         for cut in card["cuts"]:
             _write(found, cut, card, draft.path)
         write_json(draft.path / "model.json", {**card, "text_digest": ""})
