@@ -282,7 +282,9 @@ def dropoutnet(valid: Round, test: Round, seed: int, epochs: int) -> tuple[dict[
     model = DropoutNet(test, seed, epochs=chosen, **point)
     for _ in range(chosen):
         model.epoch()
-    return test.judge(model.scores()), {"chosen": {**point, "epochs": chosen}, "tried": tried}
+    valid_best = max(tried, key=lambda one: one[f"ndcg@{K} (a)"])
+    told = {"valid": valid_best, "chosen": {**point, "epochs": chosen}, "tried": tried}
+    return test.judge(model.scores()), told
 
 
 # --- ours ---
@@ -361,7 +363,9 @@ def row(name: str, config: Config, dataset: Dataset, folder: Path) -> dict[str, 
     if name == "attribute knn":
         grid = [{"neighbours": n, "idf": i} for n in (0, 20, 100, 500) for i in (False, True)]
         point, tried = best_of(grid, attribute_knn, valid)
-        return {"test": test.judge(attribute_knn(test, **point)), "chosen": point, "tried": tried}
+        best = max(tried, key=lambda one: one[f"ndcg@{K} (a)"])
+        found = test.judge(attribute_knn(test, **point))
+        return {"test": found, "valid": best, "chosen": point, "tried": tried}
     if name == "dropoutnet":
         found, told = dropoutnet(valid, test, config.seed, epochs=30)
         return {"test": found, **told}
@@ -383,30 +387,52 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def result(asked: argparse.Namespace, seed: int, name: str, abstracts: Path | None) -> Any:
+    """A row's result: read where it is there, else made and kept."""
+    parts = [asked.source, str(seed), name, "abstracts" if abstracts else "", asked.name]
+    key = "-".join(part for part in parts if part).replace(" ", "-")
+    path = asked.out / f"{key}.json"
+    if not path.exists():
+        began = time.monotonic()
+        settings = (asked.set or list(OURS)) if name == "two-tower" else []
+        config = configuration(asked, seed, settings)
+        found = row(name, config, dataset_of(config, abstracts), asked.out / key)
+        write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
+    return json.loads(path.read_text("utf-8"))
+
+
+def table(lines: dict[str, list[dict[str, float]]]) -> str:
+    """Means over seeds, and what they lie between."""
+    names = [f"{m}@{K} ({of})" for of in "ab" for m in ("recall", "ndcg")]
+    out = ["| | " + " | ".join(names) + " |", "|---" * 5 + "|"]
+    for called, found in lines.items():
+        cells = []
+        for name in names:
+            values = [one[name] for one in found]
+            spread = f" ({min(values):.4f}–{max(values):.4f})" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+        out.append(f"| {called} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def main() -> int:
     asked = parse()
     asked.out.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, dict[str, list[dict[str, float]]]] = {"valid": {}, "test": {}}
     for seed in asked.seeds:
         for abstracts in (None, asked.abstracts) if asked.abstracts else (None,):
-            text = "with abstracts" if abstracts else "title, genres"
             for name in asked.rows:
-                settings = (asked.set or list(OURS)) if name == "two-tower" else []
-                key = "-".join(
-                    [asked.source, str(seed), name, *(["abstracts"] if abstracts else [])]
-                    + ([asked.name] if asked.name else [])
-                ).replace(" ", "-")
-                path = asked.out / f"{key}.json"
-                if not path.exists():
-                    began = time.monotonic()
-                    config = configuration(asked, seed, settings)
-                    found = row(name, config, dataset_of(config, abstracts), asked.out / key)
-                    found |= {"row": name, "text": text, "seed": seed}
-                    write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
-                found = json.loads(path.read_text("utf-8"))
-                for part in ("valid", "valid with text", "test", "test with text"):
-                    if found.get(part):
-                        told = "  ".join(f"{k} {v:.4f}" for k, v in found[part].items() if "@" in k)
-                        print(f"{seed} {text:<15} {name:<14} {part:<6}{told}", flush=True)
+                found = result(asked, seed, name, abstracts)
+                text = "with abstracts" if abstracts else "title, genres"
+                for part, lines in tables.items():
+                    for more in ("", " with text"):
+                        if found.get(part + more):
+                            told = lines.setdefault(f"{name}{more}; {text}", [])
+                            told.append(found[part + more])
+    items = {line[0]["items"] for line in tables["test"].values()}
+    for part, lines in tables.items():
+        print(f"\n{part}\n{table(lines)}")
+    print(f"\ntest items: {items}; popularity has nothing to go by, and chance is {K} of them")
     return 0
 
 
