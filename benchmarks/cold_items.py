@@ -94,19 +94,22 @@ def dataset_of(config: Config, abstracts: Path | None) -> Dataset:
     return Dataset(built.interactions, built.catalog, built.users)
 
 
-def judge(scores: Scores, history: Interactions, wanted: Interactions, size: int) -> dict[str, Any]:
+def judge(
+    scores: Scores, history: Interactions, wanted: Interactions, size: int, which: str
+) -> dict[str, Any]:
     """recall@20 and NDCG@20 over users with a wanted event, of (a) wanted items and (b) all."""
     users = np.flatnonzero(np.diff(wanted.offsets)).astype(np.int32)
     targets = Ragged(wanted.offsets, wanted.item).take(users)
     seen = Ragged(history.offsets, history.item)
     choices = {"a": np.unique(wanted.item), "b": np.arange(1, size, dtype=np.int32)}
+    choices = {name: rows for name, rows in choices.items() if name in which}
     lists: dict[str, list[np.ndarray]] = {name: [] for name in choices}
     for start in range(0, len(users), 512):
         block = users[start : start + 512]
         found = scores(block)
         for name, rows in choices.items():
             lists[name].append(top_k(found[:, rows], rows, K, seen.take(block)).ids)
-    out: dict[str, Any] = {"users": len(users), "items": len(choices["a"])}
+    out: dict[str, Any] = {"users": len(users), "items": len(np.unique(wanted.item))}
     for name, blocks in lists.items():
         each = metrics.ranking(np.concatenate(blocks), targets.ids, targets.offsets, [K])
         out |= {f"{m}@{K} ({name})": float(each[f"{m}@{K}"].mean()) for m in ("recall", "ndcg")}
@@ -127,8 +130,8 @@ class Round:
         known = (TRAIN,) if part == VALID else (TRAIN, VALID)
         return cls(dataset, events.part(*known), events.part(part))
 
-    def judge(self, scores: Scores) -> dict[str, Any]:
-        return judge(scores, self.history, self.wanted, len(self.dataset.catalog))
+    def judge(self, scores: Scores, which: str = "ab") -> dict[str, Any]:
+        return judge(scores, self.history, self.wanted, len(self.dataset.catalog), which)
 
     @property
     def matrix(self) -> sp.csr_array:
@@ -137,7 +140,7 @@ class Round:
 
 def best_of(grid: list[dict[str, Any]], make: Callable[..., Scores], valid: Round) -> Any:
     """The point of a grid whose NDCG@20 of (a) is best on the validation items, and all tried."""
-    tried = [{**point, **valid.judge(make(valid, **point))} for point in grid]
+    tried = [{**point, **valid.judge(make(valid, **point), "a")} for point in grid]
     best = int(np.argmax([one[f"ndcg@{K} (a)"] for one in tried]))
     return grid[best], tried
 
@@ -274,8 +277,8 @@ def dropoutnet(valid: Round, test: Round, seed: int, epochs: int) -> tuple[dict[
         model = DropoutNet(valid, seed, epochs=epochs, **point)
         for done in range(1, epochs + 1):
             model.epoch()
-            if done % 2 == 0:
-                found = valid.judge(model.scores())
+            if done % 3 == 0:
+                found = valid.judge(model.scores(), "a")
                 tried.append({**point, "epochs": done, **found})
                 best = max(best, (found[f"ndcg@{K} (a)"], point, done), key=lambda one: one[0])
     _, point, chosen = best
@@ -320,13 +323,14 @@ def ours(config: Config, folder: Path, valid: Round, test: Round) -> dict[str, A
 
     artifact = adapt.run(config, folder, "retrieval")
     select = two_tower(folder, "select")
-    tried = [{"weight": w, **valid.judge(select(w))} for w in (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)]
+    weights = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+    tried = [{"weight": w, **valid.judge(select(w), "a")} for w in weights]
     best = max(tried, key=lambda one: one[f"ndcg@{K} (a)"])
     out = {
-        "valid": tried[0],
+        "valid": valid.judge(select(0.0)),
         "tried": tried,
         "weight": best["weight"],
-        "valid with text": best,
+        "valid with text": valid.judge(select(best["weight"])),
         "best_epoch": artifact.metrics["best_epoch"],
         "train_seconds": artifact.metrics["train_seconds"],
         "settings": config.adapt.retrieval.model_dump(mode="json"),
@@ -361,7 +365,8 @@ def row(name: str, config: Config, dataset: Dataset, folder: Path) -> dict[str, 
     if name == "attribute knn":
         grid = [{"neighbours": n, "idf": i} for n in (0, 20, 100, 500) for i in (False, True)]
         point, tried = best_of(grid, attribute_knn, valid)
-        return {"test": test.judge(attribute_knn(test, **point)), "chosen": point, "tried": tried}
+        found = test.judge(attribute_knn(test, **point))
+        return {"test": found, "chosen": point, "tried": tried}
     if name == "dropoutnet":
         found, told = dropoutnet(valid, test, config.seed, epochs=30)
         return {"test": found, **told}
@@ -383,30 +388,52 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def result(asked: argparse.Namespace, seed: int, name: str, abstracts: Path | None) -> Any:
+    """A row's result: read where it is there, else made and kept."""
+    parts = [asked.source, str(seed), name, "abstracts" if abstracts else "", asked.name]
+    key = "-".join(part for part in parts if part).replace(" ", "-")
+    path = asked.out / f"{key}.json"
+    if not path.exists():
+        began = time.monotonic()
+        settings = (asked.set or list(OURS)) if name == "two-tower" else []
+        config = configuration(asked, seed, settings)
+        found = row(name, config, dataset_of(config, abstracts), asked.out / key)
+        write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
+    return json.loads(path.read_text("utf-8"))
+
+
+def table(lines: dict[str, list[dict[str, float]]]) -> str:
+    """Means over seeds, and what they lie between."""
+    names = [f"{m}@{K} ({of})" for of in "ab" for m in ("recall", "ndcg")]
+    out = ["| | " + " | ".join(names) + " |", "|---" * 5 + "|"]
+    for called, found in lines.items():
+        cells = []
+        for name in names:
+            values = [one[name] for one in found]
+            spread = f" ({min(values):.4f}–{max(values):.4f})" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+        out.append(f"| {called} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def main() -> int:
     asked = parse()
     asked.out.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, dict[str, list[dict[str, float]]]] = {"valid": {}, "test": {}}
     for seed in asked.seeds:
         for abstracts in (None, asked.abstracts) if asked.abstracts else (None,):
-            text = "with abstracts" if abstracts else "title, genres"
             for name in asked.rows:
-                settings = (asked.set or list(OURS)) if name == "two-tower" else []
-                key = "-".join(
-                    [asked.source, str(seed), name, *(["abstracts"] if abstracts else [])]
-                    + ([asked.name] if asked.name else [])
-                ).replace(" ", "-")
-                path = asked.out / f"{key}.json"
-                if not path.exists():
-                    began = time.monotonic()
-                    config = configuration(asked, seed, settings)
-                    found = row(name, config, dataset_of(config, abstracts), asked.out / key)
-                    found |= {"row": name, "text": text, "seed": seed}
-                    write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
-                found = json.loads(path.read_text("utf-8"))
-                for part in ("valid", "valid with text", "test", "test with text"):
-                    if found.get(part):
-                        told = "  ".join(f"{k} {v:.4f}" for k, v in found[part].items() if "@" in k)
-                        print(f"{seed} {text:<15} {name:<14} {part:<6}{told}", flush=True)
+                found = result(asked, seed, name, abstracts)
+                text = "with abstracts" if abstracts else "title, genres"
+                for part, lines in tables.items():
+                    for more in ("", " with text"):
+                        if found.get(part + more):
+                            told = lines.setdefault(f"{name}{more}; {text}", [])
+                            told.append(found[part + more])
+    items = {line[0]["items"] for line in tables["test"].values()}
+    for part, lines in tables.items():
+        print(f"\n{part}\n{table(lines)}")
+    print(f"\ntest items: {items}; popularity has nothing to go by, and chance is {K} of them")
     return 0
 
 

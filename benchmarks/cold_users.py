@@ -141,25 +141,34 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def result(asked: argparse.Namespace, seed: int, name: str) -> Any:
+    """A row's result: read where it is there, else made and kept."""
+    key = f"{asked.source}-{seed}-{name}"
+    path = asked.out / f"{key}.json"
+    if not path.exists():
+        began = time.monotonic()
+        found = row(name, configuration(asked, seed), asked.out / key)
+        write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
+    return json.loads(path.read_text("utf-8"))
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ({min(values):.4f}–{max(values):.4f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
 def main() -> int:
     asked = parse()
     asked.out.mkdir(parents=True, exist_ok=True)
-    for seed in asked.seeds:
-        for name in ROWS:
-            key = f"{asked.source}-{seed}-{name}"
-            path = asked.out / f"{key}.json"
-            if not path.exists():
-                began = time.monotonic()
-                found = row(name, configuration(asked, seed), asked.out / key)
-                write_json(path, {**found, "seconds": round(time.monotonic() - began, 1)})
-            found = json.loads(path.read_text("utf-8"))
-            for metric in (f"ndcg@{K}", f"hr@{K}"):
-                points = "  ".join(f"{p[metric]:.4f}" for p in found["points"].values())
-                print(
-                    f"{seed} {name:<8}{metric:<8}{points}   tower {found['tower at 0'][metric]:.4f}"
-                    f"  popular {found['popular'][metric]:.4f}",
-                    flush=True,
-                )
+    found = {name: [result(asked, seed, name) for seed in asked.seeds] for name in ROWS}
+    for metric in (f"ndcg@{K}", f"hr@{K}"):
+        print(f"\n| {metric} | " + " | ".join(map(str, EVENTS)) + " |")
+        print("|---" * (len(EVENTS) + 1) + "|")
+        for name, called in (("history", "history only"), ("profile", "profile and history")):
+            cells = [cell([one["points"][str(n)][metric] for one in found[name]]) for n in EVENTS]
+            print(f"| {called} | " + " | ".join(cells) + " |")
+        for key, called in (("popular", "popular"), ("tower at 0", "profile, by the query tower")):
+            print(f"| {called} | {cell([one[key][metric] for one in found['profile']])} |")
     return 0
 
 
