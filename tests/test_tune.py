@@ -14,11 +14,15 @@ import checkerboard as board
 import optuna
 import pytest
 
+from tfrec import trial as one_trial
 from tfrec import tune
 from tfrec.artifact import Artifact
 from tfrec.config import Config
-from tfrec.errors import ArtifactError, ConfigError, InputError, SetupError
+from tfrec.errors import ArtifactError, ConfigError, InputError, SetupError, TfrecError
+from tfrec.models.keras_bridge import tf
 from tfrec.stages import adapt, prepare
+from tfrec.training import TrainingDivergedError
+from tfrec.trial import Watch, pruner_of
 
 RATE = "adapt.retrieval.learning_rate"
 LAYERS = "adapt.retrieval.layers"
@@ -61,20 +65,25 @@ def faked(monkeypatch) -> SimpleNamespace:
         trained=[],
     )
 
-    def run(config, out, task, *, force=False, inputs=None, watching=()):
+    def train(search, trial, values, folder):
+        order = search.order(trial, values, folder)
+        config = Config.parse(order["config"])
         told.trained.append(config)
-        value = told.value(config)
-        curve = told.curve(config, value)
-        for callback in watching:
-            callback.set_params({"epochs": len(curve)})
-        for epoch, one in enumerate(curve):
-            for callback in watching:
-                callback.on_epoch_end(epoch, {"loss": 1.0, "ndcg@10": one})
-        return SimpleNamespace(metrics={"validation": value, "weights": 7})
+        try:
+            value = told.value(config)
+            curve = told.curve(config, value)
+            watch = Watch(search.study, trial)
+            watch.set_params({"epochs": len(curve)})
+            search.study.pruner = pruner_of(order)
+            for epoch, one in enumerate(curve):
+                watch.on_epoch_end(epoch, {"loss": 1.0, "ndcg@10": one})
+        except optuna.TrialPruned:
+            return {"state": "pruned"}
+        except TfrecError as error:
+            return {"state": "failed", "kind": type(error).__name__, "reason": str(error)}
+        return {"state": "complete", "metrics": {"validation": value, "weights": 7}}
 
-    monkeypatch.setattr(adapt, "run", run)
-    # Nothing of TensorFlow is left behind, and looking for it takes longer than all the rest.
-    monkeypatch.setattr(tune, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(tune._Search, "train", train)
     return told
 
 
@@ -254,13 +263,23 @@ def start(files, out, *more: str) -> subprocess.Popen:
 
 
 def wait_for(process, met) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+    def goes_on() -> bool:
         assert process.poll() is None, process.communicate()
-        if met():
-            return
+        return met()
+
+    wait_until(goes_on)
+
+
+def wait_until(met) -> None:
+    deadline = time.monotonic() + 300
+    while not met():
+        assert time.monotonic() < deadline, "it did not come so far in time"
         time.sleep(0.05)
-    raise AssertionError("it did not come so far in time")
+
+
+def running() -> str:
+    """The command lines of all processes."""
+    return subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True).stdout
 
 
 LONG = ("adapt.retrieval.epochs=15", "adapt.retrieval.patience=0")
@@ -282,21 +301,16 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(files, out):
     assert 3 <= stopped < 15
     assert not (out / "tune").exists()
 
-    seen: list[int] = []
-    was_told = tune._Watch.on_epoch_end
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            tune._Watch,
-            "on_epoch_end",
-            lambda self, epoch, logs: (seen.append(epoch), was_told(self, epoch, logs)),
-        )
-        config = settings(files, 2, SPACE, "tune.pruner=none", *LONG)
-        said: list[str] = []
-        tune.run(config, out, say=said.append)
+    wait_until(lambda: str(out) not in running())  # the trial's own process has ended too
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({**state, "seconds": 1e6}))  # to be known again
+    said: list[str] = []
+    config = settings(files, 2, SPACE, "tune.pruner=none", *LONG)
+    tune.run(config, out, say=said.append)
     assert "1 trials are there already" in said
-    assert seen == list(range(stopped, 15))
     first, second = trials_of(out)
     assert first["values"] == {RATE: 0.002, LAYERS: 1}
+    assert first["train_seconds"] < 1e6 < second["train_seconds"]
     assert [epoch for epoch, _ in second["curve"]][-1] == 15
     assert len(second["curve"]) >= 14  # the kill may fall between a checkpoint and its report
     assert not list(out.glob(".tune.work/*/worker-*"))
@@ -358,12 +372,13 @@ class TestTroubles:
         assert made.metrics["pruned"] > 0
 
     @pytest.mark.slow
-    def test_a_training_is_really_ended_and_its_folder_cleared_away(self, files, out, monkeypatch):
+    def test_a_training_is_really_ended(self, files, out, monkeypatch):
         class Strict(optuna.pruners.BasePruner):
             def prune(self, study, trial):
                 return True
 
-        monkeypatch.setattr(tune, "_pruner", lambda config: Strict())
+        monkeypatch.setattr(one_trial, "pruner_of", lambda order: Strict())
+        monkeypatch.setattr(tune, "_apart", lambda order, folder: one_trial.run(order))
         tune.run(settings(files, 2), out, say=lambda _: None)
         first, second = trials_of(out)
         assert (first["state"], first["epochs"]) == ("complete", 2)
@@ -372,42 +387,59 @@ class TestTroubles:
 
     @pytest.mark.slow
     def test_a_bad_combination_fails_with_its_reason_and_the_search_goes_on(self, files, out):
-        config = settings(files, 3, {"adapt.retrieval.heads": [3, 5]})
+        config = settings(files, 2, {"adapt.retrieval.heads": [3]})
         said: list[str] = []
         made = tune.run(config, out, say=said.append)
-        first, *others = trials_of(out)
-        assert first["state"] == "complete"
-        for trial in others:
-            assert trial["state"] == "failed"
-            heads = trial["values"]["adapt.retrieval.heads"]
-            assert trial["reason"].startswith(f"heads = {heads} must divide the width 8")
-            assert any(trial["reason"] in line for line in said)
+        first, second = trials_of(out)
+        assert (first["state"], second["state"]) == ("complete", "failed")
+        assert second["reason"].startswith("heads = 3 must divide the width 8")
+        assert any(second["reason"] in line for line in said)
         assert made.metrics["best_trial"] == 0
         assert "No trial is better" in tune.summary(made)
         assert "must divide the width" in made.file("report.html").read_text()
 
     @pytest.mark.parametrize(
-        ("error", "reason"),
+        ("error", "kind", "reason"),
         [
-            (MemoryError(), "not enough memory"),
-            (tune.tf.errors.ResourceExhaustedError(None, None, "OOM when"), "not enough memory"),
-            (tune.tf.errors.InvalidArgumentError(None, None, "a shape\nlong"), "a shape"),
-            (ValueError("no\nmore"), "ValueError: no"),
+            (MemoryError(), "", "not enough memory"),
+            (tf.errors.ResourceExhaustedError(None, None, "OOM when"), "", "not enough memory"),
+            (tf.errors.InvalidArgumentError(None, None, "a shape\nlong"), "", "a shape"),
+            (ValueError("no\nmore"), "", "ValueError: no"),
+            (TrainingDivergedError("nan"), "TrainingDivergedError", "nan"),
+            (SetupError("no space"), "SetupError", "no space"),
         ],
     )
-    def test_every_failure_has_a_reason(self, error, reason, files, out, fake):
-        good = fake.value
+    def test_every_failure_has_a_kind_and_a_reason(self, error, kind, reason, files, monkeypatch):
+        def fail(*_, **__):
+            raise error
 
-        def value(config):
-            if len(fake.trained) == 2:
-                raise error
-            return good(config)
+        monkeypatch.setattr(adapt, "run", fail)
+        config = board.config(files).dump()
+        order = {"config": config, "task": "retrieval", "out": "x", "inputs": "x"}
+        ending = one_trial.run(order)
+        assert (ending["state"], ending["kind"]) == ("failed", kind)
+        assert reason in ending["reason"]
+        raised = tune._error_of(ending)
+        known = kind in ("SetupError", "TrainingDivergedError")
+        assert isinstance(raised, TfrecError) == known
+        assert reason in str(raised)
 
-        fake.value = value
+    def test_a_trial_that_the_system_ends_has_failed(self, files, out, monkeypatch):
+        kill = "import os, sys; os.kill(os.getpid(), 9)"
+        fine = (
+            "import json, sys; json.dump({'state': 'complete', 'metrics': {'validation': 0.5}}, "
+            "open(sys.argv[1] + '/ending.json', 'w'))"
+        )
+        run = f"import sys\nexec({kill!r} if 'trial-1' in sys.argv[1] else {fine!r})"
+        monkeypatch.setattr(tune, "_CHILD", (sys.executable, "-c", run))
         tune.run(settings(files, 3), out, say=lambda _: None)
         trials = trials_of(out)
         assert [t["state"] for t in trials] == ["complete", "failed", "complete"]
-        assert reason in trials[1]["reason"]
+        assert "ended by SIGKILL; the system does so where memory" in trials[1]["reason"]
+
+        monkeypatch.setattr(tune, "_CHILD", (sys.executable, "-c", kill))
+        with pytest.raises(SetupError, match="the configuration as it is: .*SIGKILL"):
+            tune.run(settings(files, 3, {LAYERS: [1, 2]}), out, say=lambda _: None)
 
     @pytest.mark.parametrize("error", [SetupError("no space"), ArtifactError("changed")])
     def test_what_would_fail_in_any_trial_ends_the_search(self, error, files, out, fake):
@@ -457,8 +489,8 @@ class TestTroubles:
             tune.run(config, tmp_path, say=lambda _: None)
 
     def test_several_workers_are_sent_away(self, files, out, monkeypatch):
-        monkeypatch.setattr(tune, "place", lambda _: SimpleNamespace(workers=2))
-        with pytest.raises(ConfigError, match="share the study"):
+        monkeypatch.setenv("TF_CONFIG", "{}")
+        with pytest.raises(ConfigError, match="leave TF_CONFIG away"):
             tune.run(settings(files), out)
 
 
@@ -475,7 +507,7 @@ class TestWhatIsLeft:
 
             def value(config):
                 if len(fake.trained) == 3:
-                    raise ValueError("<b>bad</b>")
+                    raise InputError("<b>bad</b>")
                 return good(config)
 
             fake.value = value

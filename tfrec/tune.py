@@ -5,6 +5,8 @@ a tree-structured Parzen estimator (TPE; Bergstra et al., 2011, "Algorithms for 
 Optimization") and run by Optuna (Akiba et al., 2019, arXiv:1907.10902). A trial trains on the
 training events and is judged by the validation events; the test events are not looked at.
 
+A trial is a process of its own, :mod:`tfrec.trial`; this one needs no TensorFlow.
+
 The trials of one recipe (data, configuration, space) are a study, in a SQLite file of its own at
 ``DIR/.tune.work``. What a process has finished there survives it; the trial that it was at goes on
 from its last checkpoint in the next process. Several processes may work on one study.
@@ -14,8 +16,12 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import gc
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -38,14 +44,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 import tfrec
-from tfrec.artifact import Artifact, current, recipe_digest, writing
+from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
 from tfrec.config import Config
-from tfrec.distribution import place
 from tfrec.errors import ArtifactError, ConfigError, InputError, SetupError, TfrecError
-from tfrec.models.keras_bridge import tf, tf_keras
 from tfrec.report import tuning
-from tfrec.stages import adapt, prepare
-from tfrec.training import GOAL
+from tfrec.stages import prepare
 
 KIND = FOLDER = "tune"
 
@@ -77,13 +80,18 @@ RANDOM_TRIALS = 6
 LEAST_IMPORTANCE = 10
 """Complete trials from which on the importance of the settings is worth a look."""
 
-LEAST_PRUNING = 3
-"""Complete trials before one is ended early."""
-
 HOPELESS = 3
 """A trial in which so many processes died, none further than the one before, has failed."""
 
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_CHILD = (sys.executable, "-m", "tfrec.trial")
+
+_KINDS = {kind.__name__: kind for kind in (ArtifactError, ConfigError, InputError, SetupError)}
+
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
 
 _say: Callable[[str], None] = functools.partial(print, flush=True)
 
@@ -137,10 +145,11 @@ def summary(artifact: Artifact) -> str:
 
 def _check(config: Config) -> None:
     settings = config.tune
-    if place(config.adapt.distribution).workers > 1:
+    several = bool(os.environ.get("TF_CONFIG")) and config.adapt.distribution == "auto"
+    if several or config.adapt.distribution == "multi_worker":
         raise ConfigError(
-            "tune does not run on several workers; start it on each machine with "
-            "adapt.distribution=auto and without TF_CONFIG: they share the study of one --out"
+            "a trial is not spread over several workers; leave TF_CONFIG away, with "
+            "adapt.distribution=auto: several commands on one machine share the trials of a search"
         )
     scored = [key for key in settings.space if key.startswith("adapt.ranking.score")]
     if settings.task == "ranking" and (config.adapt.ranking.score or scored):
@@ -158,7 +167,12 @@ def _inputs(config: Config, out: Path, say: Callable[[str], None]) -> dict[str, 
         )
     if config.tune.task == "ranking":
         say("adapt: retrieval")
-        parents["retrieval"] = adapt.run(config, out, "retrieval")
+        place = out / "adapt" / "retrieval"
+        order = {"config": config.dump(), "task": "retrieval", "out": str(out), "inputs": str(out)}
+        ending = _apart(order, out / f".{FOLDER}.work" / "inputs")
+        if ending["state"] == "failed":
+            raise _error_of(ending)
+        parents["retrieval"] = Artifact.peek(place, "retrieval")
     return parents
 
 
@@ -235,13 +249,12 @@ class _Search:
                 study_name=digest,
                 direction="maximize",
                 load_if_exists=True,
-                pruner=_pruner(config),
             )
         space = {key: _distribution(config, key, dimension) for key, dimension in told.items()}
         return cls(config, out, home, space, recipe, parents, study, storage, say)
 
     @property
-    def task(self) -> adapt.Task:
+    def task(self) -> Literal["retrieval", "ranking"]:
         return self.config.tune.task
 
     @contextmanager
@@ -270,7 +283,7 @@ class _Search:
         return bool(limit) and time.monotonic() - began >= limit
 
     def finished(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=_DONE)
+        return self.study.get_trials(deepcopy=False, states=tuple(_STATES.values()))
 
     def take(self, worker: str, late: bool) -> tuple[Trial, dict[str, Any]] | None:
         """The next trial and its values, as this process's own; None if there are enough."""
@@ -324,39 +337,50 @@ class _Search:
         """
         began = time.monotonic()
         folder = self.home / f"trial-{trial.number}"
-        told: dict[str, Any] = {}
-        state, value = TrialState.COMPLETE, None
         try:
-            made = self._train(trial, values, folder)
-            value = float(made["validation"])
-            told = {key: made[key] for key in ("weights", "train_seconds") if key in made}
-        except optuna.TrialPruned:
-            state = TrialState.PRUNED
-        except (KeyboardInterrupt, SetupError, ArtifactError):
+            ending = self.train(trial, values, folder)
+            # What fails in trial 0 would fail in others, and with it nothing can be compared.
+            if ending["state"] == "failed" and (
+                trial.number == 0 or ending["kind"] in ("ArtifactError", "SetupError")
+            ):
+                raise _error_of(ending)
+        except BaseException:
             self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
             raise
-        except Exception as error:  # a bad combination can fail in any way
-            if trial.number == 0:  # nothing can be compared with it, and others would fail as well
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-                raise
-            state, told = TrialState.FAIL, {"reason": _reason(error)}
-        finally:
-            tf_keras.backend.clear_session()
-            gc.collect()
+        made = ending.get("metrics", {})
+        told = {key: made[key] for key in ("weights", "train_seconds") if key in made}
+        told |= {"reason": ending["reason"]} if ending["state"] == "failed" else {}
         told["seconds"] = round(time.monotonic() - began, 1)
         for key, one in told.items():
             trial.set_user_attr(key, one)
-        self.study.tell(trial, value, state)
+        self.study.tell(trial, made.get("validation"), _STATES[ending["state"]])
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _train(self, trial: Trial, values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    def train(self, trial: Trial, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """What :func:`tfrec.trial.run` says of a trial."""
+        try:
+            order = self.order(trial, values, folder)
+        except ConfigError as error:
+            return {"state": "failed", "kind": "ConfigError", "reason": str(error)}
+        return _apart(order, folder)
+
+    def order(self, trial: Trial, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """What :func:`tfrec.trial.run` is told of a trial."""
         fixed = _fixed(self.config)
         epochs = f"adapt.{self.task}.epochs"
         if epochs in values:
             fixed[epochs] = min(values[epochs], self.config.tune.epochs or values[epochs])
-        changed = self.config.changed({**values, **fixed})
-        watching = [_Watch(self.study, trial)]
-        return adapt.run(changed, folder, self.task, inputs=self.out, watching=watching).metrics
+        return {
+            "config": self.config.changed({**values, **fixed}).dump(),
+            "task": self.task,
+            "out": str(folder),
+            "inputs": str(self.out),
+            "database": str(self.home / "study.db"),
+            "study": self.study.study_name,
+            "trial": trial._trial_id,
+            "pruner": self.config.tune.pruner,
+            "validate_every": self.config.at(f"adapt.{self.task}.validate_every"),
+        }
 
     # --- what is left ---
 
@@ -423,41 +447,6 @@ class _Search:
             return Artifact.peek(place, KIND)
 
 
-class _Watch(tf_keras.callbacks.Callback):
-    """Tells the study each validation, and ends the training if the study says so."""
-
-    def __init__(self, study: optuna.Study, trial: Trial) -> None:
-        super().__init__()
-        self.study, self.trial = study, trial
-        self.known = set(study.trials[trial.number].intermediate_values)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Called by Keras."""
-        if GOAL not in logs or epoch + 1 in self.known:
-            return
-        self.trial.report(logs[GOAL], epoch + 1)
-        at_the_end = epoch + 1 == self.params["epochs"]
-        if self.trial.number and not at_the_end and self.trial.should_prune():
-            raise optuna.TrialPruned
-
-
-def _pruner(config: Config) -> optuna.pruners.BasePruner:
-    task = config.tune.task
-    epochs, every = (
-        _fixed(config)[f"adapt.{task}.epochs"],
-        config.at(f"adapt.{task}.validate_every"),
-    )
-    if config.tune.pruner == "median":
-        return optuna.pruners.MedianPruner(
-            n_startup_trials=LEAST_PRUNING, n_warmup_steps=max(every, epochs // 4)
-        )
-    if config.tune.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(
-            min_resource=min(every, epochs), max_resource=epochs, reduction_factor=3
-        )
-    return optuna.pruners.NopPruner()
-
-
 def _distribution(config: Config, key: str, told: Any) -> BaseDistribution:
     if isinstance(told, list):
         return CategoricalDistribution(told)
@@ -491,9 +480,7 @@ def _told(trial: FrozenTrial, base: Mapping[str, Any]) -> dict[str, Any]:
     done = trial.state == TrialState.COMPLETE
     return {
         "number": trial.number,
-        "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(
-            trial.state, "failed"
-        ),
+        "state": next(name for name, state in _STATES.items() if state == trial.state),
         "value": trial.value if done else None,
         "reached": reached,
         "values": {**base, **trial.params},
@@ -501,15 +488,50 @@ def _told(trial: FrozenTrial, base: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": curve[-1][0] if curve else 0,
         "weights": trial.user_attrs.get("weights"),
         "seconds": trial.user_attrs.get("seconds"),
+        "train_seconds": trial.user_attrs.get("train_seconds"),
         "reason": trial.user_attrs.get("reason", ""),
     }
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
-        return "not enough memory"
-    first = next(iter(str(error).splitlines()), "")[:300]
-    return first if isinstance(error, TfrecError) else f"{type(error).__name__}: {first}"
+# --- a trial's process ---------------------------------------------------------------------------
+
+
+def _apart(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What :func:`tfrec.trial.run` says, in another process that ends with this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "ending.json"
+    told.unlink(missing_ok=True)
+    write_json(folder / "order.json", order)
+    process = subprocess.Popen(
+        [*_CHILD, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+    )
+    assert process.stdin is not None
+    try:
+        code = process.wait()
+    finally:
+        process.stdin.close()
+        process.wait()
+    if told.exists():
+        ending: dict[str, Any] = json.loads(told.read_text("utf-8"))
+        return ending
+    how = f"with exit code {code}"
+    if code < 0:
+        how = f"by {signal.Signals(-code).name}"
+    why = "; the system does so where memory runs out" if code == -signal.SIGKILL else ""
+    return {"state": "failed", "kind": "", "reason": f"its process was ended {how}{why}"}
+
+
+def _error_of(ending: Mapping[str, Any]) -> Exception:
+    if "traceback" in ending and not ending["kind"]:
+        error = RuntimeError(ending["reason"])
+        error.__cause__ = RuntimeError(ending["traceback"])
+        return error
+    if not ending["kind"]:
+        return SetupError(f"the training of the configuration as it is: {ending['reason']}")
+    return _KINDS.get(ending["kind"], TfrecError)(ending["reason"])
 
 
 # --- several processes ---------------------------------------------------------------------------
