@@ -9,7 +9,8 @@ The retriever and the linear model have been trained on these same events, so th
 more about an event here than they will about an unseen one, and the ranker learns to trust them too
 much. Leaving each user's events out of what scores him would need a retriever for each fold.
 Therefore how much the ranker and each score count in the end is decided on validation events,
-which no model has seen, and not by the ranker's loss.
+which no model has seen, and not by the ranker's loss. What a retriever that has not seen them gives
+is in docs/benchmarks/quality.md.
 """
 
 from __future__ import annotations
