@@ -434,7 +434,9 @@ def test_discarding_removes_the_folder(tmp_path):
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_nan_loss_stops_the_training_and_the_last_good_checkpoint_stays(tmp_path, ema):
-    with pytest.raises(TrainingDivergedError, match=r"line: the loss became nan or infinite in step 10; .*"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"line: the loss became nan or infinite in step 10; .*"
+    ):
         trained(tmp_path, batches=LineBatches(poison=2 * STEPS + 1), ema=ema)
     expected, state = trained(tmp_path / "other", ema=ema)
     resumed, again = trained(tmp_path, ema=ema)

@@ -438,7 +438,7 @@ class TestTroubles:
         assert "ended by SIGKILL; the system does so where memory" in trials[1]["reason"]
 
         monkeypatch.setattr(tune, "_CHILD", (sys.executable, "-c", kill))
-        with pytest.raises(SetupError, match="the configuration as it is: .*SIGKILL"):
+        with pytest.raises(SetupError, match=r"the configuration as it is: .*SIGKILL"):
             tune.run(settings(files, 3, {LAYERS: [1, 2]}), out, say=lambda _: None)
 
     @pytest.mark.parametrize("error", [SetupError("no space"), ArtifactError("changed")])

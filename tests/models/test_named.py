@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfrec.config import RetrievalConfig
+from tfrec.config import RankingConfig, RetrievalConfig
 from tfrec.errors import ArtifactError
 from tfrec.models.named import assign, named_variables, read, save
+from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 
 
@@ -25,6 +26,20 @@ def test_every_trainable_weight_has_one_name_and_nothing_else_has() -> None:
     assert {id(v) for v in named.values()} == {id(v) for v in model.trainable_variables}
     assert "query_tower.encoder.blocks.0.qkv.kernel" in named
     assert list(named) == list(named_variables(_model()))
+
+
+def test_inner_layers_that_others_keep_private_are_weights_too() -> None:
+    """Such as those of the cross layers of TensorFlow Recommenders."""
+    ranker = Ranker(
+        RankingConfig(hidden=4, experts=2),
+        embedding_dim=4,
+        attributes_width=2,
+        user_attributes_width=1,
+        num_scalars=3,
+    )
+    named = named_variables(ranker)
+    assert {id(v) for v in ranker.trainable_variables} <= {id(v) for v in named.values()}
+    assert any("cross" in name for name in named)
 
 
 def test_weights_come_back_to_the_bit(tmp_path) -> None:

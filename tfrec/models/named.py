@@ -31,6 +31,8 @@ def named_variables(layer: Any) -> dict[str, Any]:
         if id(variable) not in seen:
             seen.add(id(variable))
             found[".".join(path)] = variable
+    unnamed = [v.name for v in layer.trainable_variables if id(v) not in seen]
+    assert not unnamed, f"{layer.name} has weights that no attribute leads to: {unnamed}"
     return found
 
 
@@ -41,7 +43,9 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
         return
     elif isinstance(value, tf_keras.layers.Layer):
         for name, inner in vars(value).items():
-            if not name.startswith("_") and not (isinstance(value, Hosted) and name == "model"):
+            # Layers of others keep inner layers private; private variables of ours are no weights.
+            private = name.startswith("_") and not isinstance(inner, tf_keras.layers.Layer)
+            if not private and not (isinstance(value, Hosted) and name == "model"):
                 yield from _walk(inner, (*path, name))
         if isinstance(value, Hosted):
             for variable in value.model.variables:
