@@ -494,27 +494,28 @@ class TestTroubles:
             tune.run(settings(files), out)
 
 
+@pytest.fixture(scope="module")
+def made(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("left")
+    (out / "prepare").symlink_to(files / "run" / "prepare")
+    space = {**SPACE, "adapt.retrieval.item_ids": [True, False], "adapt.text": ["none"]}
+    space["adapt.retrieval.dropout"] = {"low": 0.0, "high": 0.5, "step": 0.25}
+    with pytest.MonkeyPatch.context() as patch:
+        fake = faked(patch)
+        good = fake.value
+
+        def value(config):
+            if len(fake.trained) == 3:
+                raise InputError("<b>bad</b>")
+            return good(config)
+
+        fake.value = value
+        fake.curve = lambda config, value: [value / 2, value]
+        config = settings(files, 12, space, "tune.pruner=none")
+        return tune.run(config, out, say=lambda _: None)
+
+
 class TestWhatIsLeft:
-    @pytest.fixture(scope="class")
-    def made(self, files, tmp_path_factory):
-        out = tmp_path_factory.mktemp("left")
-        (out / "prepare").symlink_to(files / "run" / "prepare")
-        space = {**SPACE, "adapt.retrieval.item_ids": [True, False], "adapt.text": ["none"]}
-        space["adapt.retrieval.dropout"] = {"low": 0.0, "high": 0.5, "step": 0.25}
-        with pytest.MonkeyPatch.context() as patch:
-            fake = faked(patch)
-            good = fake.value
-
-            def value(config):
-                if len(fake.trained) == 3:
-                    raise InputError("<b>bad</b>")
-                return good(config)
-
-            fake.value = value
-            fake.curve = lambda config, value: [value / 2, value]
-            config = settings(files, 12, space, "tune.pruner=none")
-            return tune.run(config, out, say=lambda _: None)
-
     def test_the_page_shows_every_trial_and_loads_nothing(self, made):
         page = made.file("report.html").read_text("utf-8")
         assert page.count("<svg") == 4

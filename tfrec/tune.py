@@ -428,9 +428,13 @@ class _Search:
 
     def _importance(self) -> dict[str, float] | None:
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(complete) < LEAST_IMPORTANCE:
+        # Trial 0 may have values that the space does not.
+        inside = [trial for trial in complete if set(trial.params) == set(self.space)]
+        if len(inside) < LEAST_IMPORTANCE:
             return None
-        found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
+        known = optuna.create_study(direction="maximize")
+        known.add_trials(inside)
+        found = get_param_importances(known, evaluator=PedAnovaImportanceEvaluator())
         return {key: float(share) for key, share in found.items()}
 
     def publish(self) -> Artifact:
