@@ -134,8 +134,7 @@ def load_two_tower(artifact: Artifact, dataset: Dataset, cut: str) -> tuple[TwoT
     card = RetrievalCard.parse(read_json(artifact.file("model.json")))
     if cut not in card.cuts:
         raise ArtifactError(f"{artifact.path} has no weights of '{cut}', only {card.cuts}")
-    own = f"{cut}/text.npy"
-    text = read_array(artifact.file(own if own in artifact.files else "text.npy"))
+    text = read_text(artifact, cut)
     encoder = None
     if config.text_mode == "full" and card.text_width:
         encoder = TextEncoder.load(config.text, length=config.text_length)
@@ -150,6 +149,12 @@ def load_two_tower(artifact: Artifact, dataset: Dataset, cut: str) -> tuple[TwoT
     )
     tf.train.Checkpoint(model=model).read(str(artifact.path / cut / "weights")).expect_partial()
     return model, text
+
+
+def read_text(retrieval: Artifact, cut: str) -> Floats:
+    """float32 (n + 1, text width), the catalog's text vectors as a retrieval's cut reads them."""
+    own = f"{cut}/text.npy"
+    return read_array(retrieval.file(own if own in retrieval.files else "text.npy"))
 
 
 def load_recommender(run_dir: str | os.PathLike[str], cut: str = "final") -> Recommender:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
-from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
+from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.catalog import Table
 from tfrec.data.dataset import Dataset
@@ -28,13 +28,14 @@ from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.distribution import Placement, place
 from tfrec.errors import ConfigError, InputError, SetupError
-from tfrec.index import Ragged
+from tfrec.index import ExactIndex, Index, Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.engine import (
     RetrievalCard,
     TensorFlowEngine,
     cut_of,
     read_array,
+    read_text,
     recommender_of,
 )
 from tfrec.models.exposures import ranking_batches
@@ -462,9 +463,13 @@ def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] 
     settings = dict(chosen.settings)
     for cut in job.cuts:
         events = cut_of(job.dataset.interactions, cut)
-        model = Ease(**settings).fit(matrix_of(events, items))
+        weights = Ease(**settings).fit(matrix_of(events, items)).weights
+        if config.linear_of_new:
+            known = np.bincount(events.item, minlength=items + 1) > 0
+            text = read_text(job.parents["retrieval"], cut)
+            weights = carry_over(weights, text, job.dataset.catalog.features, known)
         (folder / cut).mkdir(exist_ok=True)
-        np.save(folder / cut / "linear.npy", np.asarray(model.weights, np.float32))
+        np.save(folder / cut / "linear.npy", np.asarray(weights, np.float32))
     return settings
 
 
@@ -601,12 +606,21 @@ def _choose_policy(
         _check_parts(config.score, base, tasks)
     if config.score or len(users) == 0:
         return replace(policy, score=dict(config.score) or policy.score), {}
-    policy = replace(policy, text_decay=_text_decay(base, policy, users, target))
+    index = _judged_among(base, target)
+    policy = replace(policy, text_decay=_text_decay(base, policy, users, target, index))
     parts, rows = _validation_parts(
-        base, users, times, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0))
+        base, users, times, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
     )
     score, found = _choose_score(parts, rows, target)
     return replace(policy, score=score), found
+
+
+def _judged_among(base: Recommender, targets: Rows) -> Index:
+    """The catalog; only its items without events where every target is one of these."""
+    cold = np.flatnonzero(base.popularity == 0)[1:].astype(np.int32)
+    if not np.isin(targets, cold).all():
+        return base.index
+    return ExactIndex.build(base.vectors[cold], cold)
 
 
 def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str, ...]) -> None:
@@ -621,16 +635,21 @@ def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str
             )
 
 
-def _text_decay(base: Recommender, policy: Policy, users: Rows, target: Rows) -> float:
+def _text_decay(
+    base: Recommender, policy: Policy, users: Rows, target: Rows, index: Index
+) -> float:
     """The decay with which text alone is best."""
     if not base.text.shape[1]:
         return policy.text_decay
+    near = base.text_index
+    if index is not base.index:
+        near = ExactIndex.build(base.text[index.ids], index.ids)
     found = dict.fromkeys(TEXT_DECAYS, 0.0)
     for start in range(0, len(users), BLOCK):
         asked = base.who(base.interactions, users[start : start + BLOCK])
         for decay in TEXT_DECAYS:
             query = base.text_queries(asked, replace(policy, text_decay=decay))
-            best = base.text_index.search(query, 10, asked.seen)
+            best = near.search(query, 10, asked.seen)
             found[decay] += len(asked) * _ndcg(best.scores, best.ids, target[start:][: len(asked)])
     return max(found, key=lambda decay: found[decay])
 
@@ -660,7 +679,7 @@ def _choose_score(
 
 
 def _validation_parts(
-    base: Recommender, users: Rows, times: Times, policy: Policy
+    base: Recommender, users: Rows, times: Times, policy: Policy, index: Index
 ) -> tuple[dict[str, Floats], Rows]:
     """Parts of the score of every validation user's candidates, padded with row 0."""
     all_parts: list[dict[str, Floats]] = []
@@ -669,7 +688,7 @@ def _validation_parts(
         part = slice(start, start + BLOCK)
         asked = base.who(base.interactions, users[part], times[part])
         query = base.queries(asked)
-        rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
+        rows = base.candidates(asked, query, policy.candidates, asked.seen, index, policy)
         all_parts.append(base.parts(asked, query, rows, policy))
         all_rows.append(rows)
     parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
