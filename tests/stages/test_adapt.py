@@ -363,7 +363,7 @@ def test_profiles_without_item_texts_leave_the_bert_as_it_is(small, tmp_path):
 class TestScore:
     def test_held_out_events_are_those_of_each_user(self, small):
         dataset = Dataset.load(small / "run" / "prepare")
-        users, targets, offsets, times = adapt.held_out(dataset)
+        users, targets, offsets, times = adapt._wanted(dataset.interactions.part(VALID))
         valid: Interactions = dataset.interactions.part(VALID)
         for place, user in enumerate(users):
             start, stop = offsets[place : place + 2]

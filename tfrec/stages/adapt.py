@@ -348,12 +348,8 @@ def _batch_size(wanted: int, rows: PackedSequences, unit: int) -> int:
     return min(wanted, max(room // unit, 1) * unit)
 
 
-def held_out(dataset: Dataset) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
-    """Users with validation events, those events' items, offsets of each user's, first times."""
-    return _wanted(dataset.interactions.part(VALID))
-
-
 def _wanted(events: Interactions) -> tuple[Rows, Rows, NDArray[np.int64], Times]:
+    """Users with such events, the events' items, offsets of each user's, first times."""
     counts = np.diff(events.offsets)
     users = np.flatnonzero(counts).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64)
@@ -536,36 +532,35 @@ def _ranker_validation(
     job: _Job, base: Recommender, tasks: tuple[str, ...]
 ) -> Callable[[], Metrics] | None:
     """What tells how well ``click`` alone orders the candidates of some validation users."""
-    users, target, times = _validated(job, MOST_IN_TRAINING)
-    if not len(users):
+    asked, target = _validated(job, base, MOST_IN_TRAINING)
+    if not len(asked):
         return None
     policy = replace(base.policy, score={"retrieval": 1.0, "click": 1.0}, tasks=tasks)
-    asked = base.who(base.interactions, users, times)
     query = base.queries(asked)
     rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
 
     def validate() -> Metrics:
         found = 0.0
-        for start in range(0, len(users), BLOCK):
-            part = np.arange(start, min(start + BLOCK, len(users)))
+        for start in range(0, len(asked), BLOCK):
+            part = np.arange(start, min(start + BLOCK, len(asked)))
             clicks = base.parts(asked.take(part), query[part], rows[part], policy)["click"]
             found += len(part) * _ndcg(clicks, rows[part], target[part])
-        return {"ndcg@10": found / len(users)}
+        return {"ndcg@10": found / len(asked)}
 
     return validate
 
 
-def _validated(job: _Job, most: int) -> tuple[Rows, Rows, Times]:
-    """At most so many users with validation events, their first such events' items and times.
+def _validated(job: _Job, base: Recommender, most: int) -> tuple[Who, Rows]:
+    """At most so many users with events to be foreseen, and the first such item of each.
 
-    Users without a training event are left out: the chain is not for them.
+    Users without an event before are left out: the chain is not for them.
     """
-    users, targets, offsets, times = held_out(job.dataset)
-    known = np.diff(cut_of(job.dataset.interactions, "select").offsets)[users]
-    chosen = np.flatnonzero(known)
+    history, wanted = _judged(job.dataset.interactions)
+    users, targets, offsets, times = _wanted(wanted)
+    chosen = np.flatnonzero(np.diff(history.offsets)[users])
     if len(chosen) > most:
         chosen = np.sort(np.random.default_rng(job.config.seed).choice(chosen, most, False))
-    return users[chosen], targets[offsets[:-1][chosen]], times[chosen]
+    return base.who(history, users[chosen], times[chosen]), targets[offsets[:-1][chosen]]
 
 
 def _queries(base: Recommender, users: Rows, histories: Histories, times: Times) -> Floats:
@@ -601,15 +596,15 @@ def _choose_policy(
     """
     config = job.adapt.ranking
     policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
-    users, target, times = _validated(job, MOST_VALIDATED)
+    asked, target = _validated(job, base, MOST_VALIDATED)
     if config.score:
         _check_parts(config.score, base, tasks)
-    if config.score or len(users) == 0:
+    if config.score or len(asked) == 0:
         return replace(policy, score=dict(config.score) or policy.score), {}
     index = _judged_among(base, target)
-    policy = replace(policy, text_decay=_text_decay(base, policy, users, target, index))
+    policy = replace(policy, text_decay=_text_decay(base, policy, asked, target, index))
     parts, rows = _validation_parts(
-        base, users, times, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
+        base, asked, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
     )
     score, found = _choose_score(parts, rows, target)
     return replace(policy, score=score), found
@@ -636,7 +631,7 @@ def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str
 
 
 def _text_decay(
-    base: Recommender, policy: Policy, users: Rows, target: Rows, index: Index
+    base: Recommender, policy: Policy, everyone: Who, target: Rows, index: Index
 ) -> float:
     """The decay with which text alone is best."""
     if not base.text.shape[1]:
@@ -645,8 +640,8 @@ def _text_decay(
     if index is not base.index:
         near = ExactIndex.build(base.text[index.ids], index.ids)
     found = dict.fromkeys(TEXT_DECAYS, 0.0)
-    for start in range(0, len(users), BLOCK):
-        asked = base.who(base.interactions, users[start : start + BLOCK])
+    for start in range(0, len(everyone), BLOCK):
+        asked = everyone.take(np.arange(start, min(start + BLOCK, len(everyone))))
         for decay in TEXT_DECAYS:
             query = base.text_queries(asked, replace(policy, text_decay=decay))
             best = near.search(query, 10, asked.seen)
@@ -679,14 +674,13 @@ def _choose_score(
 
 
 def _validation_parts(
-    base: Recommender, users: Rows, times: Times, policy: Policy, index: Index
+    base: Recommender, everyone: Who, policy: Policy, index: Index
 ) -> tuple[dict[str, Floats], Rows]:
     """Parts of the score of every validation user's candidates, padded with row 0."""
     all_parts: list[dict[str, Floats]] = []
     all_rows: list[Rows] = []
-    for start in range(0, len(users), BLOCK):
-        part = slice(start, start + BLOCK)
-        asked = base.who(base.interactions, users[part], times[part])
+    for start in range(0, len(everyone), BLOCK):
+        asked = everyone.take(np.arange(start, min(start + BLOCK, len(everyone))))
         query = base.queries(asked)
         rows = base.candidates(asked, query, policy.candidates, asked.seen, index, policy)
         all_parts.append(base.parts(asked, query, rows, policy))
