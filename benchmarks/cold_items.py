@@ -17,8 +17,8 @@ and recall@20 and NDCG@20 are averaged over these users, by the same functions f
   dropoutnet      Volkovs et al. 2017 without a BERT: factors of ALS and TF-IDF of the text through
                   two towers of tf_keras, factors left out at random
   popularity      nothing here: no test item has an event
-  two-tower       ours, by `tfrec adapt --task retrieval`; and "with text": its score with the
-                  likeness of text added (`adapt.ranking.score`), weighed on validation
+  two-tower       ours, by `tfrec adapt`: retrieval alone, and the whole chain, in which the linear
+                  model knows items by what they read like (`adapt.ranking.linear_of_new`)
 
 Each row with the text "title, genres", and with DBpedia's abstract after it if --abstracts names a
 JSON file of them (item id -> text). A row's result is a file in --out, and what is there is not
@@ -61,10 +61,15 @@ OURS = (
     "adapt.retrieval.validate_every=1",
     "adapt.retrieval.patience=2",
     "adapt.refit_epochs=1",
+    # The ranker has seen no new item: of its stage, the weights of the score are what counts here.
+    "adapt.ranking.epochs=1",
+    "adapt.ranking.examples_per_user=2",
+    "adapt.ranking.linear_of_new=true",
 )
 PEERS = ("text cosine", "attribute knn", "dropoutnet")
 
 Scores = Callable[[np.ndarray], np.ndarray]  # int32 (b,) users -> float32 (b, n + 1)
+Find = Callable[[np.ndarray, np.ndarray], np.ndarray]  # users, rows to choose among -> int32 (b, K)
 
 
 # --- the data and the measure ---
@@ -94,24 +99,24 @@ def dataset_of(config: Config, abstracts: Path | None) -> Dataset:
     return Dataset(built.interactions, built.catalog, built.users)
 
 
-def judge(
-    scores: Scores, history: Interactions, wanted: Interactions, size: int, which: str
-) -> dict[str, Any]:
+def by_scores(scores: Scores, seen: Ragged) -> Find:
+    def find(users: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return top_k(scores(users)[:, rows], rows, K, seen.take(users)).ids
+
+    return find
+
+
+def judge(find: Find, wanted: Interactions, size: int, which: str) -> dict[str, Any]:
     """recall@20 and NDCG@20 over users with a wanted event, of (a) wanted items and (b) all."""
     users = np.flatnonzero(np.diff(wanted.offsets)).astype(np.int32)
     targets = Ragged(wanted.offsets, wanted.item).take(users)
-    seen = Ragged(history.offsets, history.item)
-    choices = {"a": np.unique(wanted.item), "b": np.arange(1, size, dtype=np.int32)}
-    choices = {name: rows for name, rows in choices.items() if name in which}
-    lists: dict[str, list[np.ndarray]] = {name: [] for name in choices}
-    for start in range(0, len(users), 512):
-        block = users[start : start + 512]
-        found = scores(block)
-        for name, rows in choices.items():
-            lists[name].append(top_k(found[:, rows], rows, K, seen.take(block)).ids)
-    out: dict[str, Any] = {"users": len(users), "items": len(np.unique(wanted.item))}
-    for name, blocks in lists.items():
-        each = metrics.ranking(np.concatenate(blocks), targets.ids, targets.offsets, [K])
+    cold = np.unique(wanted.item)
+    choices = {"a": cold, "b": np.arange(1, size, dtype=np.int32)}
+    out: dict[str, Any] = {"users": len(users), "items": len(cold)}
+    for name in which:
+        blocks = [users[start : start + 512] for start in range(0, len(users), 512)]
+        lists = np.concatenate([find(block, choices[name]) for block in blocks])
+        each = metrics.ranking(lists, targets.ids, targets.offsets, [K])
         out |= {f"{m}@{K} ({name})": float(each[f"{m}@{K}"].mean()) for m in ("recall", "ndcg")}
     return out
 
@@ -131,7 +136,11 @@ class Round:
         return cls(dataset, events.part(*known), events.part(part))
 
     def judge(self, scores: Scores, which: str = "ab") -> dict[str, Any]:
-        return judge(scores, self.history, self.wanted, len(self.dataset.catalog), which)
+        seen = Ragged(self.history.offsets, self.history.item)
+        return self.judge_lists(by_scores(scores, seen), which)
+
+    def judge_lists(self, find: Find, which: str = "ab") -> dict[str, Any]:
+        return judge(find, self.wanted, len(self.dataset.catalog), which)
 
     @property
     def matrix(self) -> sp.csr_array:
@@ -291,55 +300,39 @@ def dropoutnet(valid: Round, test: Round, seed: int, epochs: int) -> tuple[dict[
 # --- ours ---
 
 
-def two_tower(folder: Path, cut: str) -> Callable[[float], Scores]:
-    """Scores of the trained model with a weight of the likeness of text, the chain's own part."""
-    from tfrec.models.engine import load_recommender
-    from tfrec.recommender import Policy
-
-    recommender = load_recommender(folder, cut)
-    policy = Policy(history=50, text_decay=1.0)
-
-    def weighed(weight: float) -> Scores:
-        def scores(users: np.ndarray) -> np.ndarray:
-            asked = recommender.who(recommender.interactions, users)
-            found: np.ndarray = recommender.queries(asked) @ recommender.vectors.T
-            if weight:
-                alike = recommender.text_queries(asked, policy) @ recommender.text.T
-                found += weight * _spread(found) / _spread(alike) * alike
-            return found
-
-        return scores
-
-    return weighed
-
-
-def _spread(scores: np.ndarray) -> float:
-    """Median over users of the standard deviation of a user's scores."""
-    return float(np.median(scores[:, 1:].std(axis=1)))
-
-
 def ours(config: Config, folder: Path, valid: Round, test: Round) -> dict[str, Any]:
+    """The two-tower alone, and the whole chain."""
+    from tfrec.models.engine import load_recommender
     from tfrec.stages import adapt
 
-    artifact = adapt.run(config, folder, "retrieval")
-    select = two_tower(folder, "select")
-    weights = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-    tried = [{"weight": w, **valid.judge(select(w), "a")} for w in weights]
-    best = max(tried, key=lambda one: one[f"ndcg@{K} (a)"])
-    out = {
-        "valid": valid.judge(select(0.0)),
-        "tried": tried,
-        "weight": best["weight"],
-        "valid with text": valid.judge(select(best["weight"])),
-        "best_epoch": artifact.metrics["best_epoch"],
-        "train_seconds": artifact.metrics["train_seconds"],
-        "settings": config.adapt.retrieval.model_dump(mode="json"),
+    retrieval = adapt.run(config, folder, "retrieval")
+    chain = adapt.run(config, folder, "ranking")
+    out: dict[str, Any] = {
+        "best_epoch": retrieval.metrics["best_epoch"],
+        "train_seconds": retrieval.metrics["train_seconds"],
+        "score": chain.metrics["score"],
+        "settings": config.adapt.model_dump(mode="json"),
     }
-    if config.adapt.refit:
-        final = two_tower(folder, "test")
-        out["test"] = test.judge(final(0.0))
-        out["test with text"] = test.judge(final(best["weight"]))
+    for part, cut, round_ in (("valid", "select", valid), ("test", "test", test)):
+        lists = lists_of(load_recommender(folder, cut))
+        out[part] = round_.judge_lists(lambda users, rows, f=lists: f(users, rows)["retrieval"])
+        chained = round_.judge_lists(lambda users, rows, f=lists: f(users, rows)["ranking"])
+        out[f"{part}, whole chain"] = chained
     return out
+
+
+def lists_of(recommender: Any) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """What the chain and retrieval alone recommend; kept, as each is asked for after the other."""
+    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def lists(users: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        key = (int(users[0]), len(rows))
+        if key not in made:
+            found = recommender.lists(recommender.interactions, users, K, among=rows)
+            made[key] = {name: one.ids for name, one in found.items()}
+        return made[key]
+
+    return lists
 
 
 # --- rows ---
@@ -426,7 +419,7 @@ def main() -> int:
                 found = result(asked, seed, name, abstracts)
                 text = "with abstracts" if abstracts else "title, genres"
                 for part, lines in tables.items():
-                    for more in ("", " with text"):
+                    for more in ("", ", whole chain"):
                         if found.get(part + more):
                             told = lines.setdefault(f"{name}{more}; {text}", [])
                             told.append(found[part + more])

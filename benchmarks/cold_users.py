@@ -18,10 +18,12 @@ more of the 20 have, at most three. So a profile knows something of the first 20
 does of himself, and nothing of the targets. The BERT reads it as a text, and the query tower reads
 age, gender, occupation and genres as attributes too.
 
-  popular           what training users met most, for all alike
-  history only      trained on the same events without the users' table
-  profile           no event: what `tfrec recommend` answers, and what the query tower makes of it
-  both              profile and history
+  history only          trained on the same events without the users' table
+  profile and history   at 0 the profile alone, as `tfrec recommend` answers it: by likeness of text
+  popular               what training users met most, the same for all
+  by the query tower    the profile alone too, through the query tower
+
+The first two by the whole chain, and by the two-tower alone.
 
 A row's result is a file in --out, and what is there is not done again.
 """
@@ -103,6 +105,7 @@ def row(name: str, config: Config, folder: Path) -> dict[str, Any]:
     if not (folder / "prepare").exists():
         dataset_of(config, name == "profile").save(folder / "prepare")
     artifact = adapt.run(config, folder, "retrieval")
+    chain = adapt.run(config, folder, "ranking")
     recommender = load_recommender(folder, "test")
     dataset = Dataset.load(folder / "prepare")
     first = FirstEvents.of(dataset.interactions, len(dataset.users), config.seed)
@@ -111,12 +114,12 @@ def row(name: str, config: Config, folder: Path) -> dict[str, Any]:
         each = metrics.ranking(ids, first.targets.ids, first.targets.offsets, [K])
         return {f"{m}@{K}": float(each[f"{m}@{K}"].mean()) for m in ("ndcg", "hr")}
 
-    def point(count: int) -> dict[str, float]:
+    def lists(count: int) -> dict[str, Any]:
         history = first.history(count)
-        return judged(
-            recommender.lists(history, first.users, K, exclude=first.known)["retrieval"].ids
-        )
+        found = recommender.lists(history, first.users, K, exclude=first.known)
+        return {key: judged(one.ids) for key, one in found.items()}
 
+    points = {count: lists(count) for count in EVENTS}
     asked = recommender.who(first.history(0), first.users)
     tower = recommender.index.search(recommender.queries(asked), K, first.known).ids
     bare = recommender.lists(first.history(0), first.users, K, exclude=first.known, profile=False)
@@ -124,10 +127,12 @@ def row(name: str, config: Config, folder: Path) -> dict[str, Any]:
         "users": len(first.users),
         "targets": len(first.targets.ids),
         "profiles": recommender.users.texts[:3],
-        "points": {str(count): point(count) for count in EVENTS},
+        "chain": {str(count): points[count]["ranking"] for count in EVENTS},
+        "two-tower": {str(count): points[count]["retrieval"] for count in EVENTS},
         "tower at 0": judged(tower),
         "popular": judged(bare["retrieval"].ids),
         "best_epoch": artifact.metrics["best_epoch"],
+        "score": chain.metrics["score"],
     }
 
 
@@ -165,8 +170,9 @@ def main() -> int:
         print(f"\n| {metric} | " + " | ".join(map(str, EVENTS)) + " |")
         print("|---" * (len(EVENTS) + 1) + "|")
         for name, called in (("history", "history only"), ("profile", "profile and history")):
-            cells = [cell([one["points"][str(n)][metric] for one in found[name]]) for n in EVENTS]
-            print(f"| {called} | " + " | ".join(cells) + " |")
+            for key in ("chain", "two-tower"):
+                cells = [cell([one[key][str(n)][metric] for one in found[name]]) for n in EVENTS]
+                print(f"| {called}, {key} | " + " | ".join(cells) + " |")
         for key, called in (("popular", "popular"), ("tower at 0", "profile, by the query tower")):
             print(f"| {called} | {cell([one[key][metric] for one in found['profile']])} |")
     return 0

@@ -240,3 +240,36 @@ def test_figures_on_movielens_are_those_of_independent_scripts(shared_data, mode
     got = metrics.ranking(found.ids, test.item, test.offsets, [10])
     assert got["ndcg@10"].mean() == pytest.approx(ndcg, abs=0.002)
     assert got["hr@10"].mean() == pytest.approx(hr, abs=0.002)
+
+
+def test_new_items_get_the_weights_of_what_they_read_like():
+    rng = np.random.default_rng(0)
+    groups = np.arange(1, 41) % 2
+    text = np.zeros((41, 6), np.float32)
+    text[1:] = 0.05 * rng.normal(size=(40, 6)) + np.eye(6)[groups]
+    weights = np.zeros((41, 41), np.float32)
+    weights[1:, 1:] = groups[:, None] == groups[None]
+    known = np.arange(41) > 0
+    known[[7, 20]] = False
+    weights[:, ~known] = 0
+    silent = text.copy()
+    silent[20] = 0
+    nothing = np.zeros((41, 0), np.float32)
+    found = baselines.carry_over(weights, silent, nothing, known)
+    np.testing.assert_array_equal(found[:, known], weights[:, known])
+    assert not found[:, [0, 20]].any()
+    met = np.flatnonzero(known)
+    same = groups[met - 1] == groups[7 - 1]
+    assert found[met[same], 7].min() > 0.5 > 0.3 > found[met[~same], 7].max()
+    attributes = baselines.carry_over(weights, nothing, text, known)
+    assert attributes[met[same], 7].min() > attributes[met[~same], 7].max()
+
+
+def test_without_new_items_or_anything_said_of_them_the_weights_stay():
+    weights = np.ones((5, 5), np.float32)
+    text = np.eye(5, dtype=np.float32)
+    known = np.arange(5) > 0
+    assert baselines.carry_over(weights, text, text, known) is weights
+    known[3] = False
+    empty = np.zeros((5, 0), np.float32)
+    assert baselines.carry_over(weights, empty, empty, known) is weights

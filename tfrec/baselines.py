@@ -361,6 +361,44 @@ def gram(matrix: sp.csr_array) -> Floats:
     return products
 
 
+def carry_over(
+    weights: Floats, text: Floats, attributes: Floats, known: NDArray[np.bool_]
+) -> Floats:
+    """Gives items without events the weights that what they read like tells.
+
+    Kernel ridge regression from an item's text and attributes to its column of weights, learned on
+    the items with events: content to collaborative filtering as in CB2CF (Barkan et al. 2019,
+    arXiv:1611.00384), on a linear model as in MARec (Monteil et al. 2024, arXiv:2404.13298). The
+    kernel is exp(2 (cosine - 1)) of the text vector beside half the attributes, the ridge 1: found
+    on validation items of MovieLens-1M, where both matter little.
+
+    Args:
+      weights: float32 (n + 1, n + 1), from the item met (row) to the item scored (column).
+      text: float32 (n + 1, text width); width 0: none.
+      attributes: float32 (n + 1, attribute width).
+      known: bool (n + 1,), the items that have events.
+
+    Returns:
+      float32 (n + 1, n + 1): the same, the columns of other items that say something of themselves
+      filled. Takes 16 bytes x items^2 and about items^3 multiplications, as EASE does.
+    """
+    content = np.concatenate([text, 0.5 * attributes], axis=1)
+    length = np.linalg.norm(content, axis=1, keepdims=True)
+    content = content / np.maximum(length, 1e-9)
+    rows = np.flatnonzero(known)
+    cold = np.flatnonzero(~known & (length[:, 0] > 0))
+    cold = cold[cold > 0]
+    if not len(rows) or not len(cold):
+        return weights
+    kernel = np.exp(2 * (content @ content[rows].T - 1)).astype(np.float64)
+    regular = kernel[rows]
+    regular[np.diag_indices_from(regular)] += 1.0
+    share = scipy.linalg.solve(regular, kernel[cold].T, assume_a="pos", overwrite_a=True)
+    out = weights.copy()
+    out[:, cold] = weights[:, rows] @ share.astype(np.float32)
+    return out
+
+
 def _inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Inverse of a symmetric positive definite matrix, in its own memory."""
     # LAPACK works on columns; the transpose of a symmetric matrix in rows is that, uncopied.

@@ -257,6 +257,10 @@ class RankingConfig(TrainingConfig):
     linear_items: int = Field(
         20_000, ge=0, description="catalogs up to this size get the linear item-item model; 0: off"
     )
+    linear_of_new: bool = Field(
+        False,
+        description="items without events get the linear model's weights of what they read like",
+    )
     score: dict[str, float] = Field(
         default_factory=dict,
         description="weight of each part of the final score (retrieval, linear, text, popularity, "

@@ -27,6 +27,12 @@ Source = Literal["behaviour", "text", "popular"]
 BLOCK = 512
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
+TOLD = 1e-3
+"""Weight of popularity beside likeness to words that somebody says: it breaks ties."""
+KEPT = 0.3
+"""The same beside a profile that is kept of a user: age and occupation tell less than popularity.
+On new users of MovieLens-100K it has three times the NDCG@10 of 0.001, and as much as popularity
+alone."""
 SCALARS = ("retrieval", "linear", "log_popularity")
 
 
@@ -376,8 +382,9 @@ class Recommender:
             for start in range(0, len(asked), BLOCK):
                 rows = np.arange(start, min(start + BLOCK, len(asked)))
                 left_out = None if exclude is None else exclude.take(rows)
+                told = np.full(len(rows), KEPT, np.float32)
                 block = asked.take(rows)
-                parts.append(self.answer(block, words[rows], k, left_out, index, policy))
+                parts.append(self.answer(block, words[rows], told, k, left_out, index, policy))
             return _stacked(parts)
 
         out = {"retrieval": found(replace(self.policy, score={"retrieval": 1.0}))}
@@ -391,6 +398,7 @@ class Recommender:
         self,
         asked: Who,
         words: Floats,
+        popular: Floats,
         k: int,
         exclude: Ragged | None,
         index: Index,
@@ -401,6 +409,7 @@ class Recommender:
         Args:
           asked: b users.
           words: float32 (b, text width), vectors of what is said by or of them; zeros: nothing.
+          popular: float32 (b,), weight of popularity beside these words.
           k: Places of a list.
           exclude: b lists of catalog rows that must not come.
           index: Its ids are what may come.
@@ -412,7 +421,7 @@ class Recommender:
             if len(rows):
                 left_out = None if exclude is None else exclude.take(rows)
                 found = (
-                    self._cold(words[rows], k, left_out, index)
+                    self._cold(words[rows], popular[rows], k, left_out, index)
                     if new
                     else self.chain(asked.take(rows), k, left_out, index, policy)
                 )
@@ -627,11 +636,12 @@ class Recommender:
         spoken = np.asarray(words.any(axis=1))
         both = np.flatnonzero(spoken & ~asked.new)
         deep = max(k, FUSED) if len(both) else k
-        found = self.answer(asked, words, deep, exclude, index, self.policy)
+        popular = np.array([TOLD if r.profile else KEPT for r in requests], np.float32)
+        found = self.answer(asked, words, popular, deep, exclude, index, self.policy)
         said = dict(
             zip(
                 both.tolist(),
-                self._cold(words[both], deep, exclude.take(both), index).ids,
+                self._cold(words[both], popular[both], deep, exclude.take(both), index).ids,
                 strict=True,
             )
         )
@@ -717,11 +727,14 @@ class Recommender:
         row = self.users.row(request.user_id) if request.user_id else -1
         return self.users.texts[row] if row >= 0 else ""
 
-    def _cold(self, profile: Floats, k: int, exclude: Ragged | None, index: Index) -> TopK:
+    def _cold(
+        self, profile: Floats, popular: Floats, k: int, exclude: Ragged | None, index: Index
+    ) -> TopK:
         """For those without a history: what is like their words, or popular.
 
         Args:
           profile: float32 (b, text width), vectors of their words; zeros where there are none.
+          popular: float32 (b,), weight of popularity beside these.
           k: Places of a list.
           exclude: Rows that must not come.
           index: Its ids are what may come.
@@ -731,8 +744,8 @@ class Recommender:
         scores = np.tile(share.astype(np.float32), (len(profile), 1))
         spoken = profile.any(axis=1)
         if spoken.any():
-            # Popularity breaks ties.
-            scores[spoken] = profile[spoken] @ self.text[rows].T + np.float32(1e-3) * share
+            alike = profile[spoken] @ self.text[rows].T
+            scores[spoken] = alike + popular[spoken, None] * share
         return top_k(scores, rows, k, exclude)
 
     def _named(self, ids: Rows, scores: Floats, source: Source) -> list[Recommended]:

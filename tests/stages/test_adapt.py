@@ -244,6 +244,7 @@ class TestKindsOfData:
             "adapt.retrieval.loss=sampled",
             "adapt.retrieval.positions=4",
             "adapt.retrieval.uniform_negatives=8",
+            "adapt.ranking.linear_of_new=true",
             purchases=True,
         )
         assert told(out)["tasks"] == ["click", "like", "rating", "conversion"]
@@ -263,6 +264,8 @@ class TestKindsOfData:
             np.testing.assert_allclose(written[cold], bare[cold], atol=1e-6)
             np.testing.assert_allclose(written[known], with_id[known], atol=1e-6)
             assert len(cold)
+            linear = np.load(artifact(out, "ranking").file(f"{cut}/linear.npy"))
+            assert (np.abs(linear[:, cold]).max(axis=0) > 0).all()
             assert np.abs(bare - with_id)[known].max() > 1e-3
 
     def test_cold_users_with_hard_negatives(self, run):

@@ -172,8 +172,7 @@ def restore_two_tower(artifact: Artifact, cut: str, features: Floats) -> tuple[T
     config, card = _told(artifact)
     if cut not in card.cuts:
         raise ArtifactError(f"{artifact.path} has no weights of '{cut}', only {card.cuts}")
-    own = f"{cut}/text.npy"
-    text = read_array(artifact.file(own if own in artifact.files else "text.npy"))
+    text = read_text(artifact, cut)
     tuned = config.tuning.text != "head" and card.text_width
     model = TwoTower(
         config.retrieval,
@@ -245,6 +244,12 @@ def _restore(model: Any, needed: Collection[str], path: Path) -> None:
 def _told(artifact: Artifact) -> tuple[AdaptConfig, RetrievalCard]:
     card = RetrievalCard.parse(read_json(artifact.file("model.json")))
     return AdaptConfig.model_validate(artifact.config["adapt"]), card
+
+
+def read_text(retrieval: Artifact, cut: str) -> Floats:
+    """float32 (n + 1, text width), the catalog's text vectors as a retrieval's cut reads them."""
+    own = f"{cut}/text.npy"
+    return read_array(retrieval.file(own if own in retrieval.files else "text.npy"))
 
 
 def load_recommender(run_dir: str | os.PathLike[str], cut: str = "final") -> Recommender:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
-from tfrec.baselines import EASE_LIMIT, Ease, choose, matrix_of
+from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
@@ -28,7 +28,7 @@ from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.data.splits import labelled
 from tfrec.distribution import Placement, place
 from tfrec.errors import ConfigError, InputError
-from tfrec.index import Ragged
+from tfrec.index import ExactIndex, Index, Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.encoder import KIND as ENCODER
 from tfrec.models.encoder import PretrainedEncoder, base_folder
@@ -38,6 +38,7 @@ from tfrec.models.engine import (
     TensorFlowEngine,
     cut_of,
     read_array,
+    read_text,
     recommender_of,
     save_directions,
 )
@@ -499,9 +500,13 @@ def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] 
     settings = dict(chosen.settings)
     for cut in job.cuts:
         events = cut_of(job.dataset.interactions, cut)
-        model = Ease(**settings).fit(matrix_of(events, items))
+        weights = Ease(**settings).fit(matrix_of(events, items)).weights
+        if config.linear_of_new:
+            known = np.bincount(events.item, minlength=items + 1) > 0
+            text = read_text(job.parents["retrieval"], cut)
+            weights = carry_over(weights, text, job.dataset.catalog.features, known)
         (folder / cut).mkdir(exist_ok=True)
-        np.save(folder / cut / "linear.npy", np.asarray(model.weights, np.float32))
+        np.save(folder / cut / "linear.npy", np.asarray(weights, np.float32))
     return settings
 
 
@@ -592,21 +597,20 @@ def _click_validation(
     job: _Job, base: Recommender, tasks: tuple[str, ...]
 ) -> Callable[[], Metrics] | None:
     """What tells how well ``click`` alone orders the candidates of some validation users."""
-    users, target, times = _validated(job, MOST_IN_TRAINING)
-    if not len(users):
+    asked, target = _validated(job, base, MOST_IN_TRAINING)
+    if not len(asked):
         return None
     policy = replace(base.policy, score={"retrieval": 1.0, "click": 1.0}, tasks=tasks)
-    asked = base.who(base.interactions, users, times)
     query = base.queries(asked)
     rows = base.candidates(asked, query, policy.candidates, asked.seen, policy=policy)
 
     def validate() -> Metrics:
         found = 0.0
-        for start in range(0, len(users), BLOCK):
-            part = np.arange(start, min(start + BLOCK, len(users)))
+        for start in range(0, len(asked), BLOCK):
+            part = np.arange(start, min(start + BLOCK, len(asked)))
             clicks = base.parts(asked.take(part), query[part], rows[part], policy)["click"]
             found += len(part) * _ndcg(clicks, rows[part], target[part])
-        return {"ndcg@10": found / len(users)}
+        return {"ndcg@10": found / len(asked)}
 
     return validate
 
@@ -648,17 +652,17 @@ def _rating_validation(
     return validate
 
 
-def _validated(job: _Job, most: int) -> tuple[Rows, Rows, Times]:
-    """At most so many users with validation events, their first such events' items and times.
+def _validated(job: _Job, base: Recommender, most: int) -> tuple[Who, Rows]:
+    """At most so many users with events to be foreseen, and the first such item of each.
 
-    Users without a training event are left out: the chain is not for them.
+    Users without an event before are left out: the chain is not for them.
     """
-    users, targets, offsets, times = held_out(job.valid())
-    known = np.diff(cut_of(job.dataset.interactions, "select").offsets)[users]
-    chosen = np.flatnonzero(known)
+    history, wanted = _judged(job.of_users(job.dataset.interactions))
+    users, targets, offsets, times = held_out(wanted)
+    chosen = np.flatnonzero(np.diff(history.offsets)[users])
     if len(chosen) > most:
         chosen = np.sort(np.random.default_rng(job.config.seed).choice(chosen, most, False))
-    return users[chosen], targets[offsets[:-1][chosen]], times[chosen]
+    return base.who(history, users[chosen], times[chosen]), targets[offsets[:-1][chosen]]
 
 
 def _queries(base: Recommender, users: Rows, histories: Histories, times: Times) -> Floats:
@@ -695,17 +699,26 @@ def _choose_policy(
     """
     config = job.adapt.ranking
     policy = Policy(config.candidates, config.history, {"retrieval": 1.0}, tasks)
-    users, target, times = _validated(job, MOST_VALIDATED)
+    asked, target = _validated(job, base, MOST_VALIDATED)
     if config.score:
         _check_parts(config.score, base, tasks)
-    if config.score or len(users) == 0:
+    if config.score or len(asked) == 0:
         return replace(policy, score=dict(config.score) or policy.score), {}
-    policy = replace(policy, text_decay=_text_decay(base, policy, users, target))
+    index = _judged_among(base, target)
+    policy = replace(policy, text_decay=_text_decay(base, policy, asked, target, index))
     parts, rows = _validation_parts(
-        base, users, times, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0))
+        base, asked, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
     )
     score, found = _choose_score(parts, rows, target)
     return replace(policy, score=score), found
+
+
+def _judged_among(base: Recommender, targets: Rows) -> Index:
+    """The catalog; only its items without events where every target is one of these."""
+    cold = np.flatnonzero(base.popularity == 0)[1:].astype(np.int32)
+    if not np.isin(targets, cold).all():
+        return base.index
+    return ExactIndex.build(base.vectors[cold], cold)
 
 
 def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str, ...]) -> None:
@@ -720,16 +733,21 @@ def _check_parts(score: Mapping[str, float], base: Recommender, tasks: tuple[str
             )
 
 
-def _text_decay(base: Recommender, policy: Policy, users: Rows, target: Rows) -> float:
+def _text_decay(
+    base: Recommender, policy: Policy, everyone: Who, target: Rows, index: Index
+) -> float:
     """The decay with which text alone is best."""
     if not base.text.shape[1]:
         return policy.text_decay
+    near = base.text_index
+    if index is not base.index:
+        near = ExactIndex.build(base.text[index.ids], index.ids)
     found = dict.fromkeys(TEXT_DECAYS, 0.0)
-    for start in range(0, len(users), BLOCK):
-        asked = base.who(base.interactions, users[start : start + BLOCK])
+    for start in range(0, len(everyone), BLOCK):
+        asked = everyone.take(np.arange(start, min(start + BLOCK, len(everyone))))
         for decay in TEXT_DECAYS:
             query = base.text_queries(asked, replace(policy, text_decay=decay))
-            best = base.text_index.search(query, 10, asked.seen)
+            best = near.search(query, 10, asked.seen)
             found[decay] += len(asked) * _ndcg(best.scores, best.ids, target[start:][: len(asked)])
     return max(found, key=lambda decay: found[decay])
 
@@ -759,17 +777,16 @@ def _choose_score(
 
 
 def _validation_parts(
-    base: Recommender, users: Rows, times: Times, policy: Policy
+    base: Recommender, everyone: Who, policy: Policy, index: Index
 ) -> tuple[dict[str, Floats], Rows]:
     """Parts of the score of every validation user's candidates, padded with row 0."""
     all_parts: list[dict[str, Floats]] = []
     all_rows: list[Rows] = []
-    for start in range(0, len(users), BLOCK):
-        part = slice(start, start + BLOCK)
-        asked = base.who(base.interactions, users[part], times[part])
+    for start in range(0, len(everyone), BLOCK):
+        asked = everyone.take(np.arange(start, min(start + BLOCK, len(everyone))))
         query = base.queries(asked)
         seen, evidence = asked.seen, base.evidence(asked, policy)
-        rows = base.candidates(asked, query, policy.candidates, seen, None, policy, evidence)
+        rows = base.candidates(asked, query, policy.candidates, seen, index, policy, evidence)
         all_parts.append(base.parts(asked, query, rows, policy, evidence))
         all_rows.append(rows)
     parts = {name: np.concatenate([p[name] for p in all_parts]) for name in all_parts[0]}
