@@ -1,4 +1,4 @@
-"""What pretraining gives: the rows 1 to 4 of docs/benchmarks/pretraining.md.
+"""What pretraining gives, on the catalog itself and carried over to another one.
 
     python benchmarks/pretraining.py [TABLE ...] [--seeds 1 2 3 4 5] [--raw NAME=DIR ...]
 
@@ -7,8 +7,9 @@ Without a TABLE all of them are made:
     objectives    MovieLens-100K: no pretraining, each objective alone, and the mixture
     large         MovieLens-1M: no pretraining and the mixture
     labels        10 % and 1 % of the users to adapt with, the others to pretrain on
-    transfer      from one catalog to another, by item texts only
-    tuning        full, head, lora, adapter, prompt, bitfit on cold and on warm items
+    transfer      item texts only, 10 % of the users: MovieLens-1M to MovieLens-100K, with all its
+                  films and without those that both have; MovieLens-1M to the shop, and back. The
+                  encoder is pretrained once, with the first seed
 
 Every side is given at least as many seconds of training as the mixture has in all, pretraining
 counted (the epochs of each are below), and validation chooses its epoch. No refits. Full ranking
@@ -27,8 +28,8 @@ import argparse
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,13 @@ class Side:
       name: What it is called.
       settings: Of the run.
       data: Which data set.
-      source: What it is pretrained on, if that is another data set.
+      source: What its encoder is pretrained on, if that is another data set.
     """
 
     name: str
     settings: tuple[str, ...]
     data: str = "movielens-100k"
     source: str = ""
-    source_settings: tuple[str, ...] = field(default=())
 
     @property
     def pretrains(self) -> bool:
@@ -100,7 +100,45 @@ def labels() -> Iterator[Side]:
         yield mixture(f"{float(share):.0%} of the users, mixture", MIXTURE, *some)
 
 
-TABLES: dict[str, Callable[[], Iterator[Side]]] = {"objectives": objectives, "labels": labels}
+def large() -> Iterator[Side]:
+    data = "movielens-1m"
+    yield Side("no pretraining", ("adapt.retrieval.patience=0",), data)
+    shorter = ("pretrain.epochs=14", "pretrain.batch_size=128", "adapt.retrieval.epochs=3")
+    yield replace(mixture("masked + next_item + vae", MIXTURE, *shorter), data=data)
+
+
+# No id is shared, and the shop has no times, types of events or ratings.
+BY_TEXT = tuple(f"adapt.retrieval.{name}=false" for name in ("item_ids", "time_gaps", "events"))
+FEW = (
+    *BY_TEXT,
+    "adapt.users=0.1",
+    "adapt.retrieval.epochs=300",
+    "adapt.retrieval.validate_every=10",
+    "adapt.retrieval.patience=8",
+)
+SOURCES = {
+    "movielens-1m": ("pretrain.epochs=8", "pretrain.batch_size=128"),
+    "movielens-1m-other": ("pretrain.epochs=10", "pretrain.batch_size=128"),
+    "amazon": ("pretrain.epochs=40",),
+}
+
+
+def transfer() -> Iterator[Side]:
+    for target, sources in (
+        ("movielens-100k", ("movielens-1m", "movielens-1m-other", "amazon")),
+        ("amazon", ("movielens-1m",)),
+    ):
+        yield Side(f"{target}, no pretraining", FEW, target)
+        for source in sources:
+            yield Side(f"{target} from {source}", FEW, target, source)
+
+
+TABLES: dict[str, Callable[[], Iterator[Side]]] = {
+    "objectives": objectives,
+    "large": large,
+    "labels": labels,
+    "transfer": transfer,
+}
 
 
 # --- running ---
@@ -129,15 +167,16 @@ class Runs:
     def _run(self, side: Side, seed: int, folder: Path) -> None:
         from tfrec.artifact import write_json
         from tfrec.data.dataset import Dataset
-        from tfrec.stages import adapt, prepare, pretrain
+        from tfrec.stages import adapt, pretrain
 
-        config = self._config(side.data, (*side.settings, f"seed={seed}", "adapt.refit=false"))
-        folder.mkdir(parents=True, exist_ok=True)
-        shared = self.out / side.data / "data"
-        prepare.run(config, shared)
-        if not (folder / "prepare").exists():
-            (folder / "prepare").symlink_to((shared / "prepare").resolve())
         found: dict[str, Any] = {"settings": list(side.settings), "pretrain_seconds": 0.0}
+        settings = [*side.settings, f"seed={seed}", "adapt.refit=false"]
+        if side.source:
+            encoder = self._encoder(side.source)
+            found["pretrain_seconds"] = encoder.metrics["train_seconds"]
+            settings.append(f"adapt.encoder={encoder.path.resolve()}")
+        config = self._config(side.data, settings)
+        self._prepared(config, side.data, folder)
         if side.pretrains:
             found["pretrain_seconds"] = pretrain.run(config, folder).metrics["train_seconds"]
         made = adapt.run(config, folder, "retrieval")
@@ -148,12 +187,37 @@ class Runs:
         for name in ("adapt", "pretrain", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
+    def _encoder(self, source: str) -> Any:
+        """The encoder that was pretrained on a data set; made if it was not yet."""
+        from tfrec.stages import pretrain
+
+        settings = (*BY_TEXT, *SOURCES[source], f"pretrain.objectives={MIXTURE}")
+        config, folder = self._config(source, settings), self.out / source / "encoder"
+        self._prepared(config, source, folder)
+        return pretrain.run(config, folder)
+
+    def _prepared(self, config: Any, data: str, folder: Path) -> None:
+        """Puts the prepared data set into a run's folder; prepared once for all."""
+        from tfrec.stages import prepare
+
+        shared = self.out / data / "data"
+        if not (shared / "prepare").exists():
+            prepare.run(config, shared)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "prepare").exists():
+            (folder / "prepare").symlink_to((shared / "prepare").resolve())
+
     def _config(self, data: str, settings: Sequence[str]) -> Any:
         from tfrec.config import Config
 
         settings = [*settings, "adapt.tracking=[]"]
-        if data == "amazon":
-            files = amazon(Path(self.raw["amazon"]), self.out / "amazon" / "files")
+        if data in ("amazon", "movielens-1m-other"):
+            files = self.out / data / "files"
+            if data == "amazon":
+                amazon(Path(self.raw["amazon"]), files)
+            elif not (files / "items.csv").exists():
+                given, other = (self._config(f"movielens-{size}", ()) for size in ("1m", "100k"))
+                without_shared(given.data, other.data, files)
             settings += [f"data.interactions={files / 'events.csv'}"]
             settings += [f"data.items={files / 'items.csv'}"]
             return Config.load("files", settings)
@@ -179,27 +243,63 @@ def judged(dataset: Any, made: Any) -> tuple[float, Any]:
     return float(found["hr@10"].mean()), found["ndcg@10"]
 
 
-def amazon(raw: Path, out: Path) -> Path:
+def amazon(raw: Path, out: Path) -> None:
     """The sequences as CSV files; the place in a sequence stands for the time."""
     if (out / "items.csv").exists():
-        return out
+        return
+
+    def lines(name: str) -> list[list[str]]:
+        text = (raw / f"Scientific.{name}").read_text("utf-8")
+        return [line.split("\t") for line in text.splitlines()]
+
+    number = dict(lines("item2index"))
+    events = [
+        (user, item, str(1_000_000_000 + 86_400 * place))
+        for user, history, target, *_ in lines("test.inter")[1:]
+        for place, item in enumerate([*history.split(" "), target])
+    ]
+    write_files(out, events, [(number[item], text) for item, text, *_ in lines("text")[1:]])
+
+
+def without_shared(given: Any, other: Any, out: Path) -> None:
+    """A data set without the items whose titles the other has too, as CSV files."""
+    from tfrec.data import sources
+
+    raw, theirs = sources.read(given), sources.read(other).items
+    assert raw.items is not None
+    assert theirs is not None
+    shared = {title.casefold() for title in theirs.columns["title"]}
+    told = zip(raw.items.ids, *(raw.items.columns[n] for n in ("title", "genres")), strict=True)
+    items = [
+        (key, f"{title}, {genres.replace('|', ', ')}")
+        for key, title, genres in told
+        if title.casefold() not in shared
+    ]
+    events, kept = raw.events, {key for key, _ in items}
+    write_files(
+        out,
+        [
+            (events.user_ids[user], events.item_ids[item], str(time))
+            for user, item, time in zip(events.user, events.item, events.time, strict=True)
+            if events.item_ids[item] in kept
+        ],
+        items,
+    )
+
+
+def write_files(out: Path, events: Iterable[Sequence[str]], items: Iterable[Sequence[str]]) -> None:
+    """events.csv and, last, items.csv."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "events.csv", "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["user_id", "item_id", "timestamp"])
-        for line in (raw / "Scientific.test.inter").read_text("utf-8").splitlines()[1:]:
-            user, history, target = line.split("\t")[:3]
-            for place, item in enumerate([*history.split(" "), target]):
-                writer.writerow([user, item, 1_000_000_000 + 86_400 * place])
-    partial = out / "items.partial"
-    with open(partial, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["item_id", "title"])
-        for line in (raw / "Scientific.text").read_text("utf-8").splitlines()[1:]:
-            item, text = line.split("\t", 1)
-            writer.writerow([item, text])
-    partial.rename(out / "items.csv")
-    return out
+    for name, header, rows in (
+        ("events.csv", ("user_id", "item_id", "timestamp"), events),
+        ("items.csv", ("item_id", "title"), items),
+    ):
+        partial = out / f"{name}.partial"
+        with open(partial, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(header)
+            writer.writerows(rows)
+        partial.rename(out / name)
 
 
 # --- telling ---

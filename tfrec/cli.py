@@ -547,12 +547,19 @@ def _add_encode(verbs: Verbs) -> None:
                 "tfrec encode saved_models/movielens-100k --what texts --texts reviews.csv "
                 "--column body",
             ),
+            (
+                "of the pretrained encoder, adapted to nothing",
+                "tfrec encode saved_models/movielens-100k/pretrain --what items",
+            ),
         )
         + "\nthe columns, the metadata, texts that are empty: docs/encode.md",
     )
     verb.set_defaults(handler=_encode)
     verb.add_argument(
-        "folder", metavar="DIR", type=Path, help="the run's folder, or its adapt/retrieval"
+        "folder",
+        metavar="DIR",
+        type=Path,
+        help="the run's folder, its adapt/retrieval, or its pretrain",
     )
     verb.add_argument(
         "--what", required=True, choices=("items", "users", "texts"), help="what gets a vector"

@@ -6,6 +6,7 @@ import shutil
 
 import checkerboard as board
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny_bert import write_tiny_bert
 
@@ -15,7 +16,7 @@ from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import named
 from tfrec.models.encoder import PretrainedEncoder
 from tfrec.models.engine import load_recommender
-from tfrec.stages import adapt, prepare, pretrain
+from tfrec.stages import adapt, encode, prepare, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,11 @@ def finished(folder, tmp_path_factory):
 def copy(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
+
+
+def vectors_in(path):
+    column = pq.read_table(path)["vector"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
 
 
 class TestArtifact:
@@ -238,6 +244,47 @@ class TestTheText:
         alone = config(folder, "pretrain.text_epochs=1", objectives="{mlm = 1.0}")
         made = pretrain.run(alone, tmp_path)
         assert set(made.metrics["losses"]) == {"text_mlm"}
+
+
+class TestEncode:
+    """`tfrec encode DIR/pretrain`."""
+
+    def test_vectors_are_those_that_adaptation_starts_with(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        still = ("adapt.encoder=pretrain", "adapt.retrieval.learning_rate=1e-9")
+        adapt.run(config(folder, *still, "adapt.retrieval.epochs=1"), out, "retrieval")
+        started = load_recommender(out, "select")
+        items = vectors_in(encode.run(out / "pretrain", "items", cut="select"))
+        assert items.shape == (board.ITEMS, 8)
+        np.testing.assert_allclose(items, started.vectors[1:], atol=1e-5)
+        users = vectors_in(encode.run(out / "pretrain", "users", cut="select"))
+        asked = started.who(started.interactions, np.arange(board.USERS, dtype=np.int32))
+        np.testing.assert_allclose(users, started.queries(asked), atol=1e-5)
+
+    def test_the_file_names_the_encoder(self, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        path = encode.run(out / "pretrain", "items")
+        assert path == out / "encode" / "items-towers-pretrained.parquet"
+        told = pq.read_schema(path).metadata
+        assert told[b"tfrec.model"].decode() == Artifact.peek(out / "pretrain").digest
+
+    def test_texts_need_no_run_around_it(self, reader, tmp_path):
+        shutil.copytree(reader / "pretrain", tmp_path / "published")
+        (tmp_path / "texts.txt").write_text("the war of space ship\n")
+        path = encode.run(
+            tmp_path / "published",
+            "texts",
+            texts=tmp_path / "texts.txt",
+            out=tmp_path / "t.parquet",
+        )
+        own = PretrainedEncoder.load(reader / "pretrain").text_encoder()
+        wanted = own.encode(["the war of space ship"], role="passage")
+        np.testing.assert_allclose(vectors_in(path), wanted, atol=1e-6)
+
+    def test_items_need_one(self, finished, tmp_path):
+        shutil.copytree(finished / "pretrain", tmp_path / "published")
+        with pytest.raises(ArtifactError, match="prepare"):
+            encode.run(tmp_path / "published", "items")
 
 
 class TestUsers:

@@ -124,6 +124,25 @@ class PretrainedEncoder:
         """Where the BERT is if it was trained too, else empty."""
         return str(self.path / TEXT) if self.card.text.get("trained") else ""
 
+    def text_encoder(self) -> TextEncoder:
+        """The BERT that it reads texts with.
+
+        Raises:
+          ArtifactError: the BERT of that name has other weights here.
+          InputError: it reads no texts.
+        """
+        told = self.card.text
+        if not told:
+            raise InputError(f"the encoder {self.path} reads no texts: it was pretrained without")
+        found = TextEncoder.load(told["name"], length=told["length"], folder=self.text_folder)
+        if found.digest() != told["digest"]:
+            raise ArtifactError(
+                f"the encoder {self.path} was pretrained with a BERT of digest "
+                f"{told['digest'][:12]}, and '{told['name']}' has {found.digest()[:12]} here; put "
+                "the old weights back"
+            )
+        return found
+
     def check(self, config: AdaptConfig, encoder: TextEncoder | None, dataset: Dataset) -> None:
         """Says why an adaptation cannot start from here.
 

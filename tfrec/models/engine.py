@@ -21,6 +21,7 @@ from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import ArtifactError
 from tfrec.models.encoder import KIND, PretrainedEncoder, base_folder
+from tfrec.models.inputs import encoded
 from tfrec.models.keras_bridge import tf
 from tfrec.models.named import assign, named_variables, read
 from tfrec.models.ranking import Ranker
@@ -310,6 +311,57 @@ def recommender_of(
         policy,
         linear,
         directions=directions,
+    )
+
+
+def load_pretrained(folder: str | os.PathLike[str], cut: str = "final") -> Recommender:
+    """What a run's pretrained encoder recommends as it is, adapted to nothing.
+
+    Args:
+      folder: The encoder's, beside the run's ``prepare``.
+      cut: Whose events are the users' histories; of weights there is one cut.
+
+    Raises:
+      ArtifactError: an artifact is missing or damaged, or was made from another dataset.
+    """
+    artifact = Artifact.load(folder, KIND)
+    parent = Artifact.load(artifact.path.resolve().parent / "prepare", "dataset")
+    _belongs(artifact, "dataset", parent)
+    dataset, base, told = Dataset.load(parent), PretrainedEncoder.load(artifact), artifact.config
+    config = AdaptConfig.model_validate(
+        {**told["text"], "retrieval": {**told["sizes"], **told["items"]}}
+    )
+    encoder = base.text_encoder() if base.card.text else None
+    text = encoded(encoder, dataset.catalog, "passage")
+    profile = encoded(encoder, dataset.users, "query")
+    if base.reads_profiles and not profile.shape[1]:
+        profile = np.zeros((len(profile), base.card.text["width"]), np.float32)
+    features = dataset.catalog.features
+    model = TwoTower(
+        config.retrieval,
+        text,
+        features,
+        base.card.coding,
+        profile.shape[1],
+        dataset.users.features.shape[1],
+    )
+    base.start(model, dataset)
+    rows = np.zeros(len(features), np.int32)
+    seen = dataset.interactions.part(TRAIN).item
+    rows[seen] = seen
+    vectors = model.encode_candidate(text, features, rows)
+    vectors[0] = 0
+    return Recommender(
+        TensorFlowEngine(model, None, base.text_encoder),
+        dataset.catalog,
+        dataset.users,
+        cut_of(dataset.interactions, cut),
+        base.card.coding,
+        vectors,
+        text,
+        profile,
+        None,
+        None,
     )
 
 

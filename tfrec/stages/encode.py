@@ -23,7 +23,14 @@ from tfrec.data.columns import strings
 from tfrec.data.raw import located
 from tfrec.data.tables import Reader, open_table
 from tfrec.errors import ArtifactError, InputError
-from tfrec.models.engine import RetrievalCard, TensorFlowEngine, load_recommender, read_json
+from tfrec.models.encoder import KIND, PretrainedEncoder
+from tfrec.models.engine import (
+    RetrievalCard,
+    TensorFlowEngine,
+    load_pretrained,
+    load_recommender,
+    read_json,
+)
 from tfrec.models.text import TextEncoder
 from tfrec.recommender import Floats, Recommender
 
@@ -81,7 +88,8 @@ def run(
     after an interrupt. The file appears under its name when it is whole.
 
     Args:
-      folder: A run's folder, or its ``adapt/retrieval``.
+      folder: A run's folder, or its ``adapt/retrieval``; or its ``pretrain``, for the vectors of
+        the pretrained encoder.
       what: ``items`` and ``users`` of the run, or ``texts`` of a file.
       texts: That file; one row of vectors for each of its rows, zeros where the text is empty.
       column: Its column of texts.
@@ -99,7 +107,7 @@ def run(
       Path of the file.
 
     Raises:
-      ArtifactError: there is no finished run.
+      ArtifactError: there is no finished run or encoder.
       InputError: the texts cannot be read, or ``out`` exists and holds something else.
       SetupError: the disk is full or cannot be written.
     """
@@ -108,18 +116,24 @@ def run(
     if what == "texts" and space == "towers":
         raise InputError("texts have no vectors in the space of the towers; leave out --space")
     space = space or ("text" if what == "texts" else "towers")
-    base = _run_folder(Path(folder))
-    target = Path(out) if out else base / "encode" / f"{_name(what, texts)}-{space}.parquet"
+    base, pretrained = _run_folder(Path(folder))
+    name = f"{_name(what, texts)}-{space}{'-pretrained' if pretrained else ''}.parquet"
+    target = Path(out) if out else base / "encode" / name
     if target.suffix != ".parquet" or target.is_dir():
         raise InputError(f"--out {target} is not the name of a .parquet file")
     reader = None if texts is None else _opened(texts, column, id_column)
-    recommender, recipe = _loaded(base, cut)
-    recipe |= {"what": what, "space": space}
     if reader is None:
+        recommender, recipe = _pretrained(Path(folder), cut) if pretrained else _loaded(base, cut)
         rows = _of_run(recommender, what, space, recipe)
     else:
         ids = id_column or next((name for name in IDS if name in reader.columns), "")
-        rows = _of_texts(reader, column, ids, role, _encoder(recommender), recipe)
+        # A published encoder has no run around it, and needs none to read texts.
+        encoder = (
+            PretrainedEncoder.load(folder).text_encoder()
+            if pretrained
+            else _encoder(_loaded(base, cut)[0])
+        )
+        rows = _of_texts(reader, column, ids, role, encoder)
     with disk_errors(target):
         _write(rows, target, force)
     return target
@@ -132,16 +146,24 @@ def _name(what: What, texts: str | os.PathLike[str] | None) -> str:
 # --- what makes the vectors ---
 
 
-def _run_folder(folder: Path) -> Path:
-    """The folder of the run that a folder is, or is the retrieval model of."""
+def _run_folder(folder: Path) -> tuple[Path, bool]:
+    """The folder of a run, given it or a model of it; and whether that is its encoder."""
     if not (folder / MANIFEST).is_file():
-        return folder
+        return folder, False
     artifact = Artifact.peek(folder)
+    if artifact.kind == KIND:
+        return folder.resolve().parent, True
     if artifact.kind != "retrieval":
         raise ArtifactError(
-            f"{folder} is a {artifact.kind} artifact; give the run's folder or its adapt/retrieval"
+            f"{folder} is a {artifact.kind} artifact; give the run's folder, its adapt/retrieval, "
+            "or its pretrain"
         )
-    return folder.resolve().parent.parent
+    return folder.resolve().parent.parent, False
+
+
+def _pretrained(folder: Path, cut: str) -> tuple[Recommender, dict[str, str]]:
+    """A pretrained encoder, and what the recipe says of it."""
+    return load_pretrained(folder, cut), {"model": Artifact.peek(folder, KIND).digest, "cut": cut}
 
 
 def _loaded(folder: Path, cut: str) -> tuple[Recommender, dict[str, str]]:
@@ -164,6 +186,7 @@ def _encoder(recommender: Recommender) -> TextEncoder:
 
 def _of_run(recommender: Recommender, what: What, space: Space, recipe: dict[str, str]) -> _Rows:
     """The items or users of a run."""
+    recipe |= {"what": what, "space": space}
     ids = recommender.catalog.ids[1:] if what == "items" else recommender.users.ids
     if space == "text":
         table = recommender.text[1:] if what == "items" else recommender.profile
@@ -207,13 +230,12 @@ def _of_texts(
     id_column: str,
     role: Role,
     encoder: TextEncoder,
-    recipe: dict[str, str],
 ) -> _Rows:
     """The texts of a file, after a look at all of it: what is wrong with it is said at once."""
     count = _checked(reader, column, encoder)
     recipe = {
-        "what": recipe["what"],
-        "space": recipe["space"],
+        "what": "texts",
+        "space": "text",
         "model": encoder.digest(),  # the same for every run that reads with this BERT
         "role": role,
         "texts": file_digest(reader.name),
