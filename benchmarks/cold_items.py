@@ -30,10 +30,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ import scipy.sparse.linalg
 
 from tfrec import metrics
 from tfrec.artifact import write_json
-from tfrec.baselines import Als, matrix_of
+from tfrec.baselines import Als, matrix_of, tf_idf
 from tfrec.config import Config
 from tfrec.data import sources
 from tfrec.data.building import build
@@ -179,21 +177,9 @@ def attribute_knn(round_: Round, neighbours: int, idf: bool) -> Scores:
     return lambda users: matrix[users] @ alike
 
 
-def tf_idf(texts: tuple[str, ...], width: int) -> np.ndarray:
-    """float32 (n, width): TF-IDF of words in two texts or more, its leading singular vectors."""
-    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    rows_with = Counter(word for counts in words for word in counts)
-    column = {w: i for i, w in enumerate(sorted(w for w, n in rows_with.items() if n > 1))}
-    cells = [
-        (row, column[w], (1 + np.log(n)) * np.log(len(texts) / rows_with[w]))
-        for row, counts in enumerate(words)
-        for w, n in counts.items()
-        if w in column
-    ]
-    row, col, value = (np.array(part) for part in zip(*cells, strict=True))
-    table = sp.csr_array((value, (row, col)), shape=(len(texts), len(column)))
-    norms = np.sqrt(np.asarray(table.power(2).sum(axis=1)).ravel())
-    table = sp.diags_array(1 / np.maximum(norms, 1e-9)) @ table
+def leading(texts: tuple[str, ...], width: int) -> np.ndarray:
+    """float32 (n, width): leading singular vectors of the texts' TF-IDF."""
+    table = tf_idf(texts)
     start = np.random.default_rng(0).normal(size=min(table.shape))
     left, size, _ = scipy.sparse.linalg.svds(table, k=min(width, min(table.shape) - 1), v0=start)
     return np.asarray(left * size, np.float32)
@@ -220,7 +206,7 @@ class DropoutNet:
         # Inputs of unit spread, as the paper's code makes them.
         self.spread = self.items[self.known].std(), self.users.std()
         catalog = round_.dataset.catalog
-        words = tf_idf(catalog.texts, 300)
+        words = leading(catalog.texts, 300)
         content = np.concatenate([words / words.std(), catalog.features], axis=1)
         self.content = content.astype(np.float32)
 

@@ -249,27 +249,61 @@ def test_new_items_get_the_weights_of_what_they_read_like():
     text[1:] = 0.05 * rng.normal(size=(40, 6)) + np.eye(6)[groups]
     weights = np.zeros((41, 41), np.float32)
     weights[1:, 1:] = groups[:, None] == groups[None]
-    known = np.arange(41) > 0
-    known[[7, 20]] = False
+    counts = np.arange(41)
+    counts[[7, 20]] = 0
+    known = counts > 0
     weights[:, ~known] = 0
     silent = text.copy()
     silent[20] = 0
-    nothing = np.zeros((41, 0), np.float32)
-    found = baselines.carry_over(weights, silent, nothing, known)
+    nothing, wordless = np.zeros((41, 0), np.float32), baselines.tf_idf([""] * 41)
+    found = baselines.carry_over(weights, silent, nothing, wordless, counts)
     np.testing.assert_array_equal(found[:, known], weights[:, known])
     assert not found[:, [0, 20]].any()
     met = np.flatnonzero(known)
     same = groups[met - 1] == groups[7 - 1]
     assert found[met[same], 7].min() > 0.5 > 0.3 > found[met[~same], 7].max()
-    attributes = baselines.carry_over(weights, nothing, text, known)
+    attributes = baselines.carry_over(weights, nothing, text, wordless, counts)
     assert attributes[met[same], 7].min() > attributes[met[~same], 7].max()
+
+
+@pytest.mark.parametrize("telling", [False, True])
+def test_words_count_for_new_items_where_they_tell(telling):
+    """Text vectors are noise for half of the groups' difference; names tell it, or mislead."""
+    rng = np.random.default_rng(1)
+    groups = np.arange(1, 61) % 2
+    text = np.zeros((61, 6), np.float32)
+    text[1:] = rng.normal(size=(60, 6)) * (1.0 if telling else 0.05)
+    if not telling:
+        text[1:] += np.eye(6)[groups]
+    named = groups if telling else rng.integers(0, 2, 60)
+    texts = ["", *(("alpha beta", "gamma delta")[group] for group in named)]
+    weights = np.zeros((61, 61), np.float32)
+    weights[1:, 1:] = groups[:, None] == groups[None]
+    counts = np.arange(61)
+    counts[[7, 20]] = 0
+    known = counts > 0
+    weights[:, ~known] = 0
+    words, nothing = baselines.tf_idf(texts), np.zeros((61, 0), np.float32)
+    met = np.flatnonzero(known)
+    found = baselines.carry_over(weights, text, nothing, words, counts)
+    for new in (7, 20):
+        same = groups[met - 1] == groups[new - 1]
+        assert found[met[same], new].mean() > found[met[~same], new].mean() + 0.4
+
+
+def test_tf_idf_has_unit_rows_and_leaves_out_words_of_one_text():
+    found = baselines.tf_idf(["", "The war, the WAR", "war of worlds", "of love", "love"])
+    assert found.shape == (5, 3)  # love, of, war; `the` and `worlds` are in one text alone
+    norms = np.sqrt(found.power(2).sum(axis=1))
+    np.testing.assert_allclose(norms, [0, 1, 1, 1, 1], atol=1e-6)
+    assert (found @ found.T)[1, 2] > (found @ found.T)[1, 3] == 0
 
 
 def test_without_new_items_or_anything_said_of_them_the_weights_stay():
     weights = np.ones((5, 5), np.float32)
     text = np.eye(5, dtype=np.float32)
-    known = np.arange(5) > 0
-    assert baselines.carry_over(weights, text, text, known) is weights
-    known[3] = False
+    counts, wordless = np.arange(5), baselines.tf_idf([""] * 5)
+    assert baselines.carry_over(weights, text, text, wordless, counts) is weights
+    counts[3] = 0
     empty = np.zeros((5, 0), np.float32)
-    assert baselines.carry_over(weights, empty, empty, known) is weights
+    assert baselines.carry_over(weights, empty, empty, wordless, counts) is weights

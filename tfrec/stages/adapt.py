@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tfrec import metrics
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
-from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of
+from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of, tf_idf
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
@@ -498,13 +498,16 @@ def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] 
     matrix = matrix_of(train, items)
     chosen = choose("ease", matrix, Ragged(valid.offsets, valid.item), matrix, job.config.seed)
     settings = dict(chosen.settings)
+    catalog = job.dataset.catalog
+    words = tf_idf(catalog.texts) if config.linear_of_new else None
     for cut in job.cuts:
         events = cut_of(job.dataset.interactions, cut)
         weights = Ease(**settings).fit(matrix_of(events, items)).weights
-        if config.linear_of_new:
-            known = np.bincount(events.item, minlength=items + 1) > 0
+        if words is not None:
+            counts = np.bincount(events.item, minlength=items + 1)
+            counts[0] = 0
             text = read_text(job.parents["retrieval"], cut)
-            weights = carry_over(weights, text, job.dataset.catalog.features, known)
+            weights = carry_over(weights, text, catalog.features, words, counts, job.config.seed)
         (folder / cut).mkdir(exist_ok=True)
         np.save(folder / cut / "linear.npy", np.asarray(weights, np.float32))
     return settings
