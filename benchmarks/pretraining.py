@@ -36,7 +36,12 @@ from typing import Any
 import numpy as np
 
 MIXTURE = "{masked = 1.0, next_item = 1.0, vae = 0.5}"
-PRETRAIN = ("pretrain.epochs=60",)
+PRETRAIN = ("pretrain.epochs=60", "pretrain.batch_size=32")
+AS_LONG = (
+    "adapt.retrieval.epochs=125",
+    "adapt.retrieval.batch_size=32",
+    "adapt.retrieval.patience=0",
+)
 GENTLE = (
     "adapt.encoder=pretrain",
     "adapt.retrieval.epochs=10",
@@ -49,6 +54,7 @@ GENTLE = (
 THOROUGH = (
     "adapt.encoder=pretrain",
     "adapt.retrieval.epochs=40",
+    "adapt.retrieval.batch_size=32",
     "adapt.retrieval.patience=0",
 )
 ALONE = ("next_item", "masked", "denoising", "vae", "contrastive", "text_history")
@@ -81,7 +87,7 @@ def mixture(name: str, objectives: str = MIXTURE, *more: str, gentle: bool = Tru
 
 
 def objectives() -> Iterator[Side]:
-    yield Side("no pretraining", ("adapt.retrieval.epochs=150", "adapt.retrieval.patience=0"))
+    yield Side("no pretraining", AS_LONG)
     yield mixture("masked + next_item + vae")
     for name in ALONE:
         gentle = name == "next_item"
