@@ -23,7 +23,7 @@ from tfrec.distribution import Placement, place
 from tfrec.errors import ConfigError, SetupError
 
 TESTS = Path(__file__).parent
-LOSSES = ["full_softmax", "sampled"]
+LOSSES = ["full_softmax", "sampled", training_process.PRETRAINING]
 WEIGHTS, LOSS = 2e-3, 1e-4
 
 

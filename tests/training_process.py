@@ -9,21 +9,27 @@ from pathlib import Path
 import numpy as np
 from toys import make_batches, make_two_tower, small_config
 
-from tfrec.config import RetrievalConfig
+from tfrec.config import PretrainConfig, RetrievalConfig
 from tfrec.distribution import Placement, place
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.keras_bridge import tf, tf_keras
 from tfrec.models.losses import across_replicas
+from tfrec.models.pretraining import Pretrainer
+from tfrec.models.step import TaskModel
 from tfrec.training import Progress, Trainer
 
 GOALS = [0.2, 0.6, 0.4, 0.3]
 EPOCHS = len(GOALS)
 
 
+PRETRAINING = "pretraining"
+"""In place of a loss: objectives together; vae is left out, which draws noise in the step."""
+
+
 def settings(loss: str) -> RetrievalConfig:
     """Nothing random but what the host draws: comparable on one device and on many."""
     return small_config(
-        loss=loss,
+        loss="auto" if loss == PRETRAINING else loss,
         epochs=EPOCHS,
         validate_every=1,
         checkpoint_minutes=0.0,
@@ -33,7 +39,17 @@ def settings(loss: str) -> RetrievalConfig:
     )
 
 
-def batches_of(loss: str, replicas: int) -> TrainingBatches:
+def model_of(loss: str) -> TaskModel:
+    two_tower = make_two_tower(settings(loss))
+    if loss != PRETRAINING:
+        return two_tower
+    objectives = {"masked": 1.0, "next_item": 1.0, "denoising": 0.5, "contrastive": 0.1}
+    return Pretrainer(two_tower, PretrainConfig(objectives=objectives))
+
+
+def batches_of(loss: str, replicas: int, model: TaskModel) -> TrainingBatches:
+    if isinstance(model, Pretrainer):
+        return make_batches(batch_size=8, replicas=replicas, objectives=model.objectives)
     some = SampledItems(positions=4, negatives=8, num_items=12) if loss == "sampled" else None
     return make_batches(batch_size=8, replicas=replicas, sampled=some)
 
@@ -72,8 +88,8 @@ def train(
 
     def once(callback: tf_keras.callbacks.Callback) -> tuple:
         with placement.strategy.scope():
-            model = make_two_tower(settings(loss))
-        batches = batches_of(loss, placement.replicas)
+            model = model_of(loss)
+        batches = batches_of(loss, placement.replicas, model)
         steps = batches.steps_per_epoch
         trainer = Trainer(model, settings(loss), placement)
 

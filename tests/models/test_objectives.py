@@ -9,7 +9,7 @@ from tfrec.data.history_text import history_texts
 from tfrec.data.sequences import MAX_SEGMENTS
 from tfrec.distribution import place
 from tfrec.models.batches import SampledItems
-from tfrec.models.keras_bridge import set_seed, tf
+from tfrec.models.keras_bridge import set_precision, set_seed, tf
 from tfrec.models.named import named_variables
 from tfrec.models.objectives import (
     Contrastive,
@@ -227,6 +227,30 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     made = [trained(ALL, tmp_path / str(run))[1] for run in range(2)]
     for a, b in zip(*(named_variables(m).values() for m in made), strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_pieces_of_a_batch_make_the_same_update(tmp_path):
+    objectives = {"masked": 1.0, "next_item": 1.0, "denoising": 0.5}
+    whole, one = trained(objectives, tmp_path / "whole")
+    parts, two = trained(objectives, tmp_path / "parts", accumulate=2)
+    for a, b in zip(whole.history, parts.history, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["masked"] == pytest.approx(a["masked"], rel=1e-4)
+    for a, b in zip(*(named_variables(m).values() for m in (one, two)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_learns_nearly_as_float32_does(tmp_path, precision):
+    exact, _ = trained(ALL, tmp_path / "exact")
+    set_precision(precision)
+    try:
+        half, model = trained(ALL, tmp_path / "half", precision=precision)
+    finally:
+        set_precision("float32")
+    assert {v.dtype for v in model.trainable_variables} == {tf.float32}
+    for name in ALL:
+        assert half.history[-1][name] == pytest.approx(exact.history[-1][name], rel=0.1)
 
 
 def test_sampled_candidates_stand_for_the_catalog(tmp_path):
