@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 MIXTURE = "{masked = 1.0, next_item = 1.0, vae = 0.5}"
-PRETRAIN = ("pretrain.epochs=60", "pretrain.batch_size=32")
+PRETRAIN = ("pretrain.epochs=60",)
 AS_LONG = (
     "adapt.retrieval.epochs=125",
     "adapt.retrieval.batch_size=32",
@@ -45,7 +45,6 @@ AS_LONG = (
 GENTLE = (
     "adapt.encoder=pretrain",
     "adapt.retrieval.epochs=10",
-    "adapt.retrieval.learning_rate=3e-4",
     "adapt.retrieval.schedule=linear",
     "adapt.retrieval.validate_every=1",
     "adapt.retrieval.patience=0",
@@ -53,6 +52,7 @@ GENTLE = (
 # An objective that does not tell what comes next leaves more to learn.
 THOROUGH = (
     "adapt.encoder=pretrain",
+    "adapt.tuning.behaviour_rate=1",
     "adapt.retrieval.epochs=40",
     "adapt.retrieval.batch_size=32",
     "adapt.retrieval.patience=0",

@@ -333,6 +333,13 @@ class TuningConfig(Section):
         description="learning rate of what moves in the BERT, in learning_rate; null: 0.025 for "
         "full, 0.25 for the others",
     )
+    behaviour_rate: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="the same of what came from a pretrained behaviour encoder, with `full`; "
+        "null: 0.15 where the items' ids came with it, else 1",
+    )
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of a layer over that of the layer above it"
     )
@@ -391,6 +398,9 @@ class AdaptConfig(Section):
 class PretrainConfig(TrainingConfig):
     """Pretraining on behaviour sequences. Sizes are those of `[adapt.retrieval]`."""
 
+    batch_size: int = Field(
+        32, ge=1, description="rows of a global batch; fewer on data that would not fill 8 batches"
+    )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"masked": 1.0, "next_item": 1.0, "vae": 0.5},
         description="weight of each objective, among masked, denoising, vae, next_item, "

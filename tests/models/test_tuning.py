@@ -20,6 +20,7 @@ from tfrec.models.named import named_variables
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import (
     Rate,
+    behaviour_rate,
     count,
     difference,
     merge,
@@ -317,6 +318,14 @@ def test_lower_layers_learn_more_slowly_and_later(bert):
     assert found[f"{blocks}.0.qkv.kernel"] == Rate(0.5, 3)
     assert found["query_tower.tables.position"] == Rate(0.25, 6)
     assert found["candidate_tower.ids"] == Rate(1, 0)
+
+
+def test_towers_whose_ids_were_pretrained_learn_slowly_unless_told_otherwise():
+    ids, others = ("candidate_tower.ids", "query_tower.x"), ("query_tower.x",)
+    assert behaviour_rate(TuningConfig(), ids) == 0.15
+    assert behaviour_rate(TuningConfig(), others) == 1
+    assert behaviour_rate(TuningConfig(behaviour_rate=0.5), ids) == 0.5
+    assert behaviour_rate(TuningConfig(behaviour="lora"), ids) == 1
 
 
 def test_new_weights_of_a_method_follow_their_layer(bert):

@@ -63,11 +63,13 @@ class Tuned:
       config: How.
       text: The variables of the BERT that move.
       behaviour: The pretrained variables of the towers that move, and those added to them.
+      behaviour_rate: Learning rate of these, in that of the training.
     """
 
     config: TuningConfig
     text: Depths
     behaviour: Depths
+    behaviour_rate: float = 1.0
 
     def rates(self, variables: Sequence[Any]) -> list[Rate]:
         """A rate for each variable; what is neither in the BERT nor pretrained has the full one."""
@@ -78,7 +80,7 @@ class Tuned:
         depth = self.text.get(place, self.behaviour.get(place))
         if depth is None:
             return Rate()
-        share = text_rate(config) if place in self.text else 1.0
+        share = text_rate(config) if place in self.text else self.behaviour_rate
         return Rate(share * config.layer_decay**depth, config.unfreeze_epochs * depth)
 
 
@@ -87,6 +89,19 @@ def text_rate(config: TuningConfig) -> float:
     if config.text_rate is not None:
         return config.text_rate
     return 0.025 if config.text == "full" else 0.25
+
+
+def behaviour_rate(config: TuningConfig, pretrained: Collection[str]) -> float:
+    """Learning rate of pretrained towers that move, in that of the training.
+
+    Where even the items' ids are pretrained there is nothing new that they would have to follow: on
+    MovieLens-100K the full rate loses what pretraining gave.
+    """
+    if config.behaviour != "full":
+        return 1.0  # little moves, and most of it is new
+    if config.behaviour_rate is not None:
+        return config.behaviour_rate
+    return 0.15 if "candidate_tower.ids" in pretrained else 1.0
 
 
 def tune(model: Any, config: TuningConfig, pretrained: Collection[str] = ()) -> Tuned:
@@ -103,7 +118,7 @@ def tune(model: Any, config: TuningConfig, pretrained: Collection[str] = ()) -> 
     """
     text = {} if model.encoder is None else tune_text(model.encoder, config)
     behaviour = tune_behaviour(model, config, pretrained) if pretrained else {}
-    return Tuned(config, text, behaviour)
+    return Tuned(config, text, behaviour, behaviour_rate(config, pretrained))
 
 
 # --- the BERT ---
