@@ -500,6 +500,31 @@ class TestScore:
         found = recommender.catalog.rows(ask(recommender, ITEMS, history=("i2",)))
         assert (np.diff(recommender.popularity[found]) <= 0).all()
 
+    def test_the_fewer_events_the_more_popularity_counts(self, model):
+        policy = Policy(candidates=2, newcomer=100.0, fade=1.0)
+        few = make(model, policy=policy)
+        plain = make(model)
+        for user in (2, 4):  # one event and two
+            rest = np.delete(few.popularity, [0, *few.interactions.histories([user])[0]])
+            rows = [few.catalog.row(item) for item in ask(few, 3, user_id=f"u{user}")]
+            assert few.popularity[rows].tolist() == np.sort(rest)[:-4:-1].tolist()
+        for user in (0, 3):  # five and eight: e ** -5 is nothing
+            assert ask(few, 3, user_id=f"u{user}") == ask(plain, 3, user_id=f"u{user}")
+        found = few.lists(few.interactions, np.arange(5, dtype=np.int32), 3)
+        asked = [ids(few.recommend([Request(user_id=f"u{u}")], 3)[0]) for u in range(5)]
+        assert [[f"i{row}" for row in rows] for rows in found["ranking"].ids] == asked
+        alone = plain.lists(few.interactions, np.arange(5, dtype=np.int32), 3)["retrieval"]
+        np.testing.assert_array_equal(found["retrieval"].ids, alone.ids)
+
+    def test_popular_items_come_though_another_source_lacks_them(self, model):
+        """What each gets does not depend on who asks beside him."""
+        few = make(model, policy=Policy(candidates=1, newcomer=1e4, fade=0.3))
+        together = few.recommend([Request(user_id=u) for u in ("u0", "u2", "u3")], 2)
+        for user, answer in zip(("u0", "u2", "u3"), together, strict=True):
+            assert ids(answer) == ask(few, 2, user_id=user)
+        rest = np.delete(few.popularity, [0, *few.interactions.histories([2])[0]])
+        assert few.popularity[few.catalog.row(ids(together[1])[0])] == rest.max()
+
     def test_only_what_counts_is_computed(self, chain):
         asked = chain.who(chain.interactions, np.array([0], np.int32))
         rows = np.array([[1, 2]], np.int32)

@@ -25,6 +25,7 @@ Rows = NDArray[np.int32]
 Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
+_FADED = 0.01  # share of the further weight of popularity below which there is none
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
 TOLD = 1e-3
@@ -80,6 +81,9 @@ class Policy:
         ranker's tasks. Retrieval, linear and text, where they count, bring candidates too.
       tasks: What the ranker predicts; empty: there is none.
       text_decay: Weight of an event in the text part, over that of the event after it.
+      newcomer: Further weight of popularity for somebody without an event, as it were; that for
+        somebody with n events is this times exp(-n / fade). Where it counts, it brings candidates.
+      fade: Events in which it falls to 1 / e.
     """
 
     candidates: int = 200
@@ -87,6 +91,8 @@ class Policy:
     score: Mapping[str, float] = field(default_factory=lambda: {"retrieval": 1.0})
     tasks: tuple[str, ...] = ()
     text_decay: float = 0.8
+    newcomer: float = 0.0
+    fade: float = 5.0
 
     @property
     def ranks(self) -> bool:
@@ -96,7 +102,13 @@ class Policy:
     @property
     def plain(self) -> bool:
         """Whether the score is that of retrieval alone."""
-        return not any(weight for part, weight in self.score.items() if part != "retrieval")
+        others = (weight for part, weight in self.score.items() if part != "retrieval")
+        return not (self.newcomer or any(others))
+
+    def prior(self, events: NDArray[np.int64]) -> Floats:
+        """float32 (b,), the further weight of popularity by the number of events of each user."""
+        share = np.exp(-events / self.fade)
+        return np.where(share > _FADED, self.newcomer * share, 0).astype(np.float32)
 
     def uses(self, part: str) -> bool:
         """Whether a part counts."""
@@ -209,8 +221,13 @@ class Who:
     @property
     def new(self) -> NDArray[np.bool_]:
         """bool (b,): who has no event."""
-        none: NDArray[np.bool_] = np.diff(self.histories.offsets) == 0
+        none: NDArray[np.bool_] = self.events == 0
         return none
+
+    @property
+    def events(self) -> NDArray[np.int64]:
+        """int64 (b,): how many events they have."""
+        return np.diff(self.histories.offsets)
 
     @property
     def seen(self) -> Ragged:
@@ -387,7 +404,7 @@ class Recommender:
                 parts.append(self.answer(block, words[rows], told, k, left_out, index, policy))
             return _stacked(parts)
 
-        out = {"retrieval": found(replace(self.policy, score={"retrieval": 1.0}))}
+        out = {"retrieval": found(replace(self.policy, score={"retrieval": 1.0}, newcomer=0.0))}
         if not self.policy.plain:
             out["ranking"] = found(self.policy)
         elif self.linear is not None:
@@ -443,8 +460,10 @@ class Recommender:
         for name, weight in policy.score.items():
             if weight and name in parts:
                 score += np.float32(weight) * parts[name]
+        if policy.newcomer:
+            score += policy.prior(asked.events)[:, None] * self.popular(rows)
         score[rows == 0] = -np.inf
-        return _best(score, rows, k)
+        return best_of(score, rows, k)
 
     def queries(self, asked: Who) -> Floats:
         """float32 (b, d), query vectors."""
@@ -498,7 +517,25 @@ class Recommender:
             near = self.text_index if everything else ExactIndex(self.text[index.ids], index.ids)
             alike = near.search(words, count, exclude).ids
             found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
+        few = np.flatnonzero(policy.prior(asked.events))
+        if len(few):
+            popular = np.zeros((len(asked), count), np.int32)
+            popular[few] = self._most_popular(
+                len(few), count, None if exclude is None else exclude.take(few), index
+            ).ids
+            found.append(popular)
         return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
+
+    def popular(self, rows: Rows) -> Floats:
+        """float32, of the shape of ``rows``: logarithm of one more than an item's events."""
+        return np.log1p(self.popularity[rows])
+
+    def _most_popular(self, users: int, k: int, exclude: Ragged | None, index: Index) -> TopK:
+        """The ``k`` items of an index with the most events, for each of so many users."""
+        left_out = 0 if exclude is None else int(np.diff(exclude.offsets).max(initial=0))
+        share = self.popular(index.ids)
+        best = np.sort(np.argsort(-share, kind="stable")[: k + left_out])
+        return top_k(np.tile(share[best], (users, 1)), index.ids[best], k, exclude)
 
     @functools.cached_property
     def text_index(self) -> Index:
@@ -560,7 +597,7 @@ class Recommender:
             words = self.text_queries(asked, policy) if words is None else words
             parts["text"] = _inner(words, self.text, rows)
         if policy.uses("popularity"):
-            parts["popularity"] = np.log1p(self.popularity[rows])
+            parts["popularity"] = self.popular(rows)
         if policy.ranks:
             history, mask = history_vectors(asked.histories, self.vectors, policy.history)
             inputs = {
@@ -812,7 +849,7 @@ def _inner(queries: Floats, vectors: Floats, rows: Rows) -> Floats:
     return out
 
 
-def _best(score: Floats, rows: Rows, k: int) -> TopK:
+def best_of(score: Floats, rows: Rows, k: int) -> TopK:
     """The k best candidates of each row, the lower id first on equal scores."""
     order = np.lexsort((rows, -score), axis=1)[:, :k]
     scores, ids = np.take_along_axis(score, order, 1), np.take_along_axis(rows, order, 1)

@@ -294,6 +294,8 @@ def recommender_of(
             told["score"],
             tuple(told["tasks"]),
             told["text_decay"],
+            told["newcomer"],
+            told["fade"],
         )
         ranker = load_ranker(ranking, told)
         directions = load_directions(ranking)

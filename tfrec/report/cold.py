@@ -56,19 +56,20 @@ class FirstEvents:
     _place: NDArray[np.int64]
 
     @classmethod
-    def of(cls, interactions: Interactions, most: int, seed: int) -> FirstEvents:
+    def of(cls, interactions: Interactions, most: int, seed: int, part: int = TEST) -> FirstEvents:
         """At most ``most`` such users, drawn by the seed.
 
         Args:
           interactions: All events, with their split.
           most: How many users.
           seed: Of the draw.
+          part: Of the split, which has the targets.
         """
         place = np.arange(len(interactions)) - interactions.offsets[interactions.user]
         early = place < EVENTS[-1]
         base = np.int64(interactions.item.max(initial=0)) + 1
         pair = interactions.user * base + interactions.item
-        late = ~early & (interactions.split == TEST) & ~np.isin(pair, pair[early])
+        late = ~early & (interactions.split == part) & ~np.isin(pair, pair[early])
         users = np.unique(interactions.user[late])
         if len(users) > most:
             users = np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
