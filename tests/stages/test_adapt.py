@@ -277,6 +277,33 @@ class TestKindsOfData:
             "adapt.retrieval.hard_negatives=4",
         )
 
+    def test_first_events_that_tell_nothing_leave_it_to_popularity(self, tmp_path):
+        """Some items are met by nearly all, and who met which says nothing of who meets what."""
+        rng = np.random.default_rng(5)
+        users, items, length = 150, 60, 30
+        share = 1.0 / np.arange(1, items + 1)
+        rows = ["user_id,item_id,timestamp"]
+        for user in range(users):
+            met = rng.choice(items, length, replace=False, p=share / share.sum())
+            rng.shuffle(met)
+            rows += [f"u{user},i{item},{1000 + place}" for place, item in enumerate(met)]
+        (tmp_path / "events.csv").write_text("\n".join(rows) + "\n")
+        config = board.config(
+            tmp_path,
+            "data.split=user_cold",
+            "data.valid_fraction=0.3",
+            "adapt.refit=false",
+            items=False,
+        )
+        out = board.train(tmp_path / "run", config)
+        chosen = told(out)
+        assert chosen["newcomer"] > 0
+        recommender = load_recommender(out, "select")
+        assert recommender.policy.newcomer == chosen["newcomer"]
+        few = recommender.recommend([Request(history=("i20",))], 5)[0]
+        popular = {f"i{item}" for item in range(12)}
+        assert len({found.item_id for found in few} & popular) >= 4
+
     def test_no_split_and_no_linear_model(self, run):
         out, _ = run("data.split=none", "adapt.ranking.linear_items=0")
         assert told(out, "retrieval")["cuts"] == ["select"]
