@@ -16,7 +16,7 @@ from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import named
 from tfrec.models.encoder import PretrainedEncoder
 from tfrec.models.engine import load_recommender
-from tfrec.stages import adapt, encode, prepare, pretrain
+from tfrec.stages import adapt, encode, merge, prepare, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -238,6 +238,34 @@ class TestTheText:
             recommender.engine.encode_text(text), own.encode(text, role="passage"), atol=1e-6
         )
         assert np.abs(own.encode(text) - given.encode(text)).max() > 1e-3
+
+    @pytest.mark.parametrize("method", ["lora", "adapter"])
+    def test_few_weights_on_it_are_kept_as_a_difference_and_merge(
+        self, folder, reader, tmp_path, method
+    ):
+        """BERT and behaviour encoder both pretrained; loaded with them, and merged without."""
+        out = copy(reader, tmp_path)
+        few = (f"adapt.tuning.text={method}", f"adapt.tuning.behaviour={method}")
+        made = adapt.run(reading(folder, "adapt.encoder=pretrain", *few), out, "retrieval")
+        assert made.metrics["text_weights_trained"] < 0.5 * made.metrics["text_weights_total"]
+        before = load_recommender(out, "select")
+        merge.run(out, tmp_path / "merged")
+        shutil.rmtree(out / "pretrain")
+        with pytest.raises(ArtifactError, match="pretrain"):
+            load_recommender(out, "select")
+        shutil.rmtree(out / "adapt" / "retrieval")
+        shutil.move(tmp_path / "merged", out / "adapt" / "retrieval")
+        after = load_recommender(out, "select")
+        np.testing.assert_array_equal(after.vectors, before.vectors)
+        words = ["the war of space ship"]
+        np.testing.assert_allclose(
+            after.engine.encode_text(words), before.engine.encode_text(words), atol=1e-5
+        )
+        asked = [
+            one.queries(one.who(one.interactions, np.arange(5, dtype=np.int32)))
+            for one in (before, after)
+        ]
+        np.testing.assert_allclose(*asked, atol=1e-5)
 
     def test_words_alone(self, folder, finished, tmp_path):
         (tmp_path / "prepare").symlink_to(finished / "prepare")
