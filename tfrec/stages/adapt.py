@@ -717,7 +717,15 @@ def _choose_policy(
         base, asked, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
     )
     score, found = _choose_score(parts, rows, target)
-    return _choose_newcomer(job, base, replace(policy, score=score)), found
+    total = np.zeros(rows.shape, np.float32)
+    for name, weight in score.items():
+        total += np.float32(weight) * parts[name]
+    popular = base.popular(rows)
+
+    def usual(chosen: Policy) -> float:
+        return _ndcg(total + chosen.prior(asked.events)[:, None] * popular, rows, target)
+
+    return _choose_newcomer(job, base, replace(policy, score=score), usual), found
 
 
 NEWCOMERS = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0)
@@ -725,13 +733,22 @@ FADES = (1.0, 2.0, 4.0, 8.0, 16.0)
 LEAST_NEWCOMERS, MOST_NEWCOMERS = 30, 300  # users
 
 
-def _choose_newcomer(job: _Job, base: Recommender, policy: Policy) -> Policy:
+def _choose_newcomer(
+    job: _Job, base: Recommender, policy: Policy, usual: Callable[[Policy], float]
+) -> Policy:
     """Chooses how much popularity counts beside few events.
 
     What is best for a user's whole history is not so for his first events: they tell what comes
     next, and little of him. So validation users are asked about with their first 1, 2, 3, 5, 10 and
     20 events, what follows the 20th being wanted, and NDCG@10 is averaged over these. The weights
     are tried in standard deviations of the score over that of popularity.
+
+    Args:
+      job: What is trained.
+      base: Of the cut ``select``.
+      policy: All but this.
+      usual: Quality for validation users with the events that they have, which must not fall by
+        more than half a percent.
     """
     events = job.of_users(job.dataset.interactions)
     first = FirstEvents.of(events, MOST_NEWCOMERS, job.config.seed, VALID)
@@ -760,10 +777,11 @@ def _choose_newcomer(job: _Job, base: Recommender, policy: Policy) -> Policy:
             found += float(each["ndcg@10"].mean())
         return found
 
-    chosen = [replace(policy, newcomer=unit * w, fade=f) for w in NEWCOMERS for f in FADES]
-    values = [quality(one) for one in chosen]
-    best = int(np.argmax(values))
-    return chosen[best] if values[best] > quality(policy) * (1 + LEAST_GAIN) else policy
+    least = usual(policy) * (1 - LEAST_GAIN)
+    tried = [replace(policy, newcomer=unit * w, fade=f) for w in NEWCOMERS for f in FADES]
+    values = {quality(one): one for one in tried if usual(one) >= least}
+    best = max(values, default=0.0)
+    return values[best] if best > quality(policy) * (1 + LEAST_GAIN) else policy
 
 
 def _judged_among(base: Recommender, targets: Rows) -> Index:
