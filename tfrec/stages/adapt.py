@@ -747,8 +747,8 @@ def _choose_newcomer(
       job: What is trained.
       base: Of the cut ``select``.
       policy: All but this.
-      usual: Quality for validation users with the events that they have, which must not fall by
-        more than half a percent.
+      usual: Quality for validation users with the events that they have, which must not
+        fall.
     """
     events = job.of_users(job.dataset.interactions)
     first = FirstEvents.of(events, MOST_NEWCOMERS, job.config.seed, VALID)
@@ -777,7 +777,7 @@ def _choose_newcomer(
             found += float(each["ndcg@10"].mean())
         return found
 
-    least = usual(policy) * (1 - LEAST_GAIN)
+    least = usual(policy)
     tried = [replace(policy, newcomer=unit * w, fade=f) for w in NEWCOMERS for f in FADES]
     values = {quality(one): one for one in tried if usual(one) >= least}
     best = max(values, default=0.0)
