@@ -13,7 +13,7 @@ items choose the epoch. Measured are
   warm    the whole catalog ranked for the event that was taken out: NDCG@10
 
 with the weights that move in the BERT, the time of a step, and the peak memory of the process.
-Intervals: paired bootstrap over users of the mean over the seeds. A row's result is a file in
+Intervals: paired bootstrap over the users of all seeds. A row's result is a file in
 --out, and what is there is not done again; a training that was killed goes on.
 """
 
@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cold_items import Round
+from cold_items import Round, configuration
 from pretraining import interval
 
 METHODS = ("head", "full", "lora", "adapter", "prompt", "bitfit")
 PRETRAIN = (
     "pretrain.epochs=40",
-    "pretrain.batch_size=32",
-    "pretrain.objectives={masked = 1.0, next_item = 1.0, vae = 0.5}",
     "adapt.retrieval.item_ids=false",
     "adapt.text_length=24",
 )
@@ -56,20 +54,6 @@ TUNE = (
 )
 LEAST = 5
 COLD, WARM = 20, 10
-
-
-def configuration(asked: argparse.Namespace, seed: int, *settings: str) -> Any:
-    from tfrec.config import Config
-
-    told = [
-        f"seed={seed}",
-        f"data.data_dir={asked.raw}",
-        "data.split=item_cold",
-        "data.test_fraction=0.2",
-        "data.valid_fraction=0.1",
-        "adapt.tracking=[]",
-    ]
-    return Config.load("movielens-100k", [*told, *PRETRAIN, *settings, *asked.set])
 
 
 def prepared(config: Any, folder: Path) -> None:
@@ -107,7 +91,9 @@ def trained(asked: argparse.Namespace, seed: int, method: str, folder: Path) -> 
     from tfrec.models.engine import recommender_of
     from tfrec.stages import adapt
 
-    config = configuration(asked, seed, *TUNE, f"adapt.tuning.text={method}")
+    config = configuration(
+        asked, seed, [*PRETRAIN, *TUNE, f"adapt.tuning.text={method}", *asked.set]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("prepare", "pretrain"):
         if not (folder / name).exists():
@@ -147,9 +133,9 @@ def result(asked: argparse.Namespace, seed: int, method: str) -> dict[str, Any]:
     folder = asked.out / f"seed-{seed}" / method
     told = folder / "result.json"
     if not told.exists():
-        one = ["--one", method, "--seeds", str(seed), "--out", str(asked.out), "--raw", asked.raw]
+        one = ["--one", method, "--seeds", str(seed), "--out", str(asked.out), "--data-dir"]
         more = [part for setting in asked.set for part in ("--set", setting)]
-        subprocess.run([sys.executable, __file__, *one, *more], check=True)
+        subprocess.run([sys.executable, __file__, *one, asked.data_dir, *more], check=True)
     found: dict[str, Any] = json.loads(told.read_text("utf-8"))
     return found
 
@@ -170,7 +156,8 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--raw", default="", help="a folder that holds the raw files")
+    parser.set_defaults(source="movielens-100k")
+    parser.add_argument("--data-dir", default="", help="a folder that holds the raw files")
     parser.add_argument("--out", type=Path, default=Path("saved_models/benchmarks/tuning"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
@@ -180,7 +167,7 @@ def main() -> None:
 
         seed = asked.seeds[0]
         folder = asked.out / f"seed-{seed}"
-        config = configuration(asked, seed)
+        config = configuration(asked, seed, [*PRETRAIN, *asked.set])
         folder.mkdir(parents=True, exist_ok=True)
         prepared(config, folder)
         pretrain.run(config, folder)

@@ -393,16 +393,17 @@ def carry_over(
       float32 (n + 1, n + 1): the same, the columns of other items that say something of themselves
       filled. Takes 16 bytes x items^2 and about items^3 multiplications, as EASE does.
     """
-    known, rows = counts > 0, np.flatnonzero(counts)
+    rows = np.flatnonzero(counts)
     said = text.any(axis=1) | attributes.any(axis=1) | (np.diff(words.indptr) > 0)
-    cold = np.flatnonzero(~known & said)
+    cold = np.flatnonzero((counts == 0) & said)
     cold = cold[cold > 0]
     if not len(rows) or not len(cold):
         return weights
 
+    dense = np.concatenate([text, 0.5 * attributes], axis=1)
+
     def kernel(these: NDArray[np.intp], those: NDArray[np.intp], share: float) -> Any:
         """float64 (a, b) of two sets of items."""
-        dense = np.concatenate([text, 0.5 * attributes], axis=1)
         worded = words * np.sqrt(share)
         squares = np.square(dense).sum(axis=1) + np.asarray(worded.power(2).sum(axis=1)).ravel()
         length = np.sqrt(np.maximum(squares, 1e-12))
@@ -410,11 +411,15 @@ def carry_over(
         cosine /= length[these, None] * length[None, those]
         return np.exp(2 * (cosine - 1)).astype(np.float64)
 
+    def regular(some: NDArray[np.intp], share: float) -> Any:
+        """float64 (a, a), the kernel of some items and the ridge."""
+        found = kernel(some, some, share)
+        found[np.diag_indices_from(found)] += 1.0
+        return found
+
     def error(share: float, some: NDArray[np.intp]) -> float:
         """Of the columns of some items, each foretold from the others."""
-        regular = kernel(some, some, share)
-        regular[np.diag_indices_from(regular)] += 1.0
-        inverse = _inverse(regular)
+        inverse = _inverse(regular(some, share))
         missed = (inverse @ weights[:, some].T) / np.diag(inverse)[:, None]
         return float(np.square(missed).sum(axis=1) @ counts[some])
 
@@ -424,10 +429,13 @@ def carry_over(
         if len(rows) > _FORETOLD:
             some = np.sort(np.random.default_rng(seed).choice(rows, _FORETOLD, replace=False))
         share = min(_WORDS, key=lambda share: error(share, some))
-    regular = kernel(rows, rows, share)
-    regular[np.diag_indices_from(regular)] += 1.0
-    told = kernel(rows, cold, share)
-    told = scipy.linalg.solve(regular, told, assume_a="pos", overwrite_a=True, overwrite_b=True)
+    told = scipy.linalg.solve(
+        regular(rows, share),
+        kernel(rows, cold, share),
+        assume_a="pos",
+        overwrite_a=True,
+        overwrite_b=True,
+    )
     out = weights.copy()
     out[:, cold] = weights[:, rows] @ told.astype(np.float32)
     return out

@@ -105,6 +105,14 @@ class Policy:
         others = (weight for part, weight in self.score.items() if part != "retrieval")
         return not (self.newcomer or any(others))
 
+    def total(self, parts: Mapping[str, Floats]) -> Floats:
+        """float32 (b, c), the weighted sum of the parts that count; the prior is not in it."""
+        out = np.zeros_like(parts["retrieval"])
+        for name, weight in self.score.items():
+            if weight and name in parts:
+                out += np.float32(weight) * parts[name]
+        return out
+
     def prior(self, events: NDArray[np.int64]) -> Floats:
         """float32 (b,), the further weight of popularity by the number of events of each user."""
         share = np.exp(-events / self.fade)
@@ -456,10 +464,7 @@ class Recommender:
         count = max(k, policy.candidates)
         rows = self.candidates(asked, query, count, exclude, index, policy, evidence)
         parts = self.parts(asked, query, rows, policy, evidence)
-        score = np.zeros(rows.shape, np.float32)
-        for name, weight in policy.score.items():
-            if weight and name in parts:
-                score += np.float32(weight) * parts[name]
+        score = policy.total(parts)
         if policy.newcomer:
             score += policy.prior(asked.events)[:, None] * self.popular(rows)
         score[rows == 0] = -np.inf

@@ -114,10 +114,14 @@ class PretrainedEncoder:
         card = EncoderCard.parse(json.loads(found.file(CARD).read_text("utf-8")))
         return cls(found.path, card, named.read(found.file(WEIGHTS)), found.digest)
 
-    @property
-    def reads_profiles(self) -> bool:
-        """Whether it learned to read texts about users."""
-        return "query_tower.profile.kernel" in self.weights
+    def profiles(self, given: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 (users, text width) of (users, 0), if it learned to read texts about users.
+
+        Nobody has a profile then, and somebody new may bring one.
+        """
+        if given.shape[1] or "query_tower.profile.kernel" not in self.weights:
+            return given
+        return np.zeros((len(given), self.card.text["width"]), np.float32)
 
     @property
     def text_folder(self) -> str:

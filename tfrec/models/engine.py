@@ -335,9 +335,7 @@ def load_pretrained(folder: str | os.PathLike[str], cut: str = "final") -> Recom
     )
     encoder = base.text_encoder() if base.card.text else None
     text = encoded(encoder, dataset.catalog, "passage")
-    profile = encoded(encoder, dataset.users, "query")
-    if base.reads_profiles and not profile.shape[1]:
-        profile = np.zeros((len(profile), base.card.text["width"]), np.float32)
+    profile = base.profiles(encoded(encoder, dataset.users, "query"))
     features = dataset.catalog.features
     model = TwoTower(
         config.retrieval,

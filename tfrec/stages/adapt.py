@@ -248,9 +248,8 @@ class _Retrieval:
             self.tokens = tokens_of(encoder, dataset) if trained else None
             self.text = encoded(encoder, dataset.catalog, "passage")
             self.profile = encoded(encoder, dataset.users, "query")
-            if base is not None and base.reads_profiles and not self.profile.shape[1]:
-                # Nobody has a profile yet, and somebody new may bring one.
-                self.profile = np.zeros((len(dataset.users), base.card.text["width"]), np.float32)
+            if base is not None:
+                self.profile = base.profiles(self.profile)
             share = np.bincount(train.item, minlength=len(dataset.catalog)) + 1.0
             self.model = TwoTower(
                 config,
@@ -717,15 +716,13 @@ def _choose_policy(
         base, asked, replace(policy, score=dict.fromkeys(SCORE_PARTS, 1.0)), index
     )
     score, found = _choose_score(parts, rows, target)
-    total = np.zeros(rows.shape, np.float32)
-    for name, weight in score.items():
-        total += np.float32(weight) * parts[name]
-    popular = base.popular(rows)
+    policy = replace(policy, score=score)
+    total, popular = policy.total(parts), base.popular(rows)
 
     def usual(chosen: Policy) -> float:
         return _ndcg(total + chosen.prior(asked.events)[:, None] * popular, rows, target)
 
-    return _choose_newcomer(job, base, replace(policy, score=score), usual), found
+    return _choose_newcomer(job, base, policy, usual), found
 
 
 NEWCOMERS = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0)
@@ -761,10 +758,7 @@ def _choose_newcomer(
         query, evidence = base.queries(asked), base.evidence(asked, asking)
         rows = base.candidates(asked, query, asking.candidates, first.known, None, asking, evidence)
         parts = base.parts(asked, query, rows, asking, evidence)
-        score = np.zeros(rows.shape, np.float32)
-        for name, weight in policy.score.items():
-            score += np.float32(weight) * parts[name]
-        scored.append((known, score, base.popular(rows), rows))
+        scored.append((known, policy.total(parts), base.popular(rows), rows))
     spreads = [(_spread(s, rows > 0), _spread(p, rows > 0)) for _, s, p, rows in scored]
     unit = float(np.mean([s / max(p, 1e-9) for s, p in spreads]))
 
