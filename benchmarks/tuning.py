@@ -1,6 +1,6 @@
 """Tuning methods of the BERT beside each other, where texts decide: on items without an event.
 
-    python benchmarks/tuning.py [--methods head full lora adapter prompt bitfit] [--seeds 1 2 3]
+    python benchmarks/tuning.py [--methods head full mlm lora adapter prompt bitfit] [--seeds 1 2 3]
 
 MovieLens-100K, items known by title and genres alone (no ids). Of the items that have events a
 random 20 % test and 10 % validate (``data.split=item_cold``); of every user with five training
@@ -9,10 +9,14 @@ BERT frozen. From there every method trains for the same number of steps, each i
 own, with the same loss, in which every text of the catalog is read at every step; the validation
 items choose the epoch. Measured are
 
-  cold    the test items ranked for every user with an event on one: recall@20 and NDCG@20
-  warm    the whole catalog ranked for the event that was taken out: NDCG@10
+  cold        the test items ranked for every user with an event on one: recall@20 and NDCG@20
+  warm        the whole catalog ranked for the event that was taken out: NDCG@10
+  neighbours  of a test item with 5 events or more, the share of the 10 items nearest by text that
+              are among the 10 that share most users with it (cosine over all events)
 
 with the weights that move in the BERT, the time of a step, and the peak memory of the process.
+``head`` leaves the BERT as it comes; ``mlm`` too, after masked language modelling of the catalog's
+texts; ``full`` tunes it end to end.
 Intervals: paired bootstrap over the users of all seeds. A row's result is a file in
 --out, and what is there is not done again; a training that was killed goes on.
 """
@@ -31,17 +35,22 @@ import numpy as np
 from cold_items import Round, configuration
 from pretraining import interval
 
-METHODS = ("head", "full", "lora", "adapter", "prompt", "bitfit")
+METHODS = ("head", "full", "mlm", "lora", "adapter", "prompt", "bitfit")
 PRETRAIN = (
     "pretrain.epochs=40",
     "adapt.retrieval.item_ids=false",
-    "adapt.text_length=24",
+    "adapt.text_length=16",
+)
+MLM = (
+    "pretrain.objectives={masked = 1.0, next_item = 1.0, vae = 0.5, mlm = 1.0}",
+    "pretrain.text_epochs=6",
 )
 TUNE = (
     "adapt.encoder=pretrain",
     "adapt.refit=false",
     "adapt.retrieval.loss=sampled",
     "adapt.retrieval.uniform_negatives=2000",
+    "adapt.retrieval.positions=100",
     "adapt.retrieval.epochs=4",
     "adapt.retrieval.learning_rate=1e-3",
     "adapt.retrieval.schedule=linear",
@@ -53,7 +62,7 @@ TUNE = (
     "adapt.retrieval.jit_compile=false",
 )
 LEAST = 5
-COLD, WARM = 20, 10
+COLD, WARM, NEAR = 20, 10, 10
 
 
 def prepared(config: Any, folder: Path) -> None:
@@ -89,15 +98,17 @@ def trained(asked: argparse.Namespace, seed: int, method: str, folder: Path) -> 
     from tfrec.data.interactions import TEST
     from tfrec.index import Ragged
     from tfrec.models.engine import recommender_of
-    from tfrec.stages import adapt
+    from tfrec.stages import adapt, pretrain
 
-    config = configuration(
-        asked, seed, [*PRETRAIN, *TUNE, f"adapt.tuning.text={method}", *asked.set]
-    )
+    tuning = "head" if method == "mlm" else method
+    told = [*PRETRAIN, *TUNE, f"adapt.tuning.text={tuning}", *(MLM if method == "mlm" else ())]
+    config = configuration(asked, seed, [*told, *asked.set])
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("prepare", "pretrain"):
+    for name in ("prepare",) if method == "mlm" else ("prepare", "pretrain"):
         if not (folder / name).exists():
             (folder / name).symlink_to((folder.parent / name).resolve())
+    if method == "mlm":
+        pretrain.run(config, folder)
     made = adapt.run(config, folder, "retrieval")
     dataset = Dataset.load(folder / "prepare")
     recommender = recommender_of(dataset, made, None, "select")
@@ -123,9 +134,32 @@ def trained(asked: argparse.Namespace, seed: int, method: str, folder: Path) -> 
         "recall": cold[f"recall@{COLD}"].tolist(),
         "ndcg": cold[f"ndcg@{COLD}"].tolist(),
         "warm": warm[f"ndcg@{WARM}"].tolist(),
+        "neighbours": neighbours(dataset, recommender.text).tolist(),
     }
     write_json(folder / "result.json", told)
-    shutil.rmtree(folder / "adapt")
+    for name in ("adapt", *(("pretrain",) if method == "mlm" else ())):
+        shutil.rmtree(folder / name)
+
+
+def neighbours(dataset: Any, text: np.ndarray) -> np.ndarray:
+    """For each test item with enough events: how many of its nearest by text share its users."""
+    from tfrec.baselines import matrix_of
+    from tfrec.data.interactions import TEST
+
+    events = matrix_of(dataset.interactions, len(text) - 1).T.tocsr()
+    counts = np.diff(events.indptr)
+    cold = np.unique(dataset.interactions.part(TEST).item)
+    cold = cold[counts[cold] >= LEAST]
+    size = np.sqrt(np.maximum(counts, 1))
+    shared = (events[cold] @ events.T).toarray() / (size[cold, None] * size)
+    unit = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-12)
+    near = []
+    for likeness in (shared, unit[cold] @ unit.T):
+        likeness[np.arange(len(cold)), cold] = -np.inf
+        likeness[:, counts == 0] = -np.inf
+        near.append(np.argpartition(-likeness, NEAR, axis=1)[:, :NEAR])
+    found: np.ndarray = (near[0][:, :, None] == near[1][:, None, :]).any(axis=2).mean(axis=1)
+    return found
 
 
 def result(asked: argparse.Namespace, seed: int, method: str) -> dict[str, Any]:
@@ -170,16 +204,18 @@ def main() -> None:
         config = configuration(asked, seed, [*PRETRAIN, *asked.set])
         folder.mkdir(parents=True, exist_ok=True)
         prepared(config, folder)
-        pretrain.run(config, folder)
+        if asked.one != "mlm":
+            pretrain.run(config, folder)
         trained(asked, seed, asked.one, folder / asked.one)
         return
     found = {m: [result(asked, seed, m) for seed in asked.seeds] for m in asked.methods}
     print(
-        "| | cold recall@20 | cold NDCG@20 | warm NDCG@10 | moves in the BERT | a step | memory |"
+        "| | cold recall@20 | cold NDCG@20 | warm NDCG@10 | neighbours | moves in the BERT "
+        "| a step | memory |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for method, ones in found.items():
-        cells = [over_seeds(ones, name)[0] for name in ("recall", "ndcg", "warm")]
+        cells = [over_seeds(ones, name)[0] for name in ("recall", "ndcg", "warm", "neighbours")]
         share = ones[0]["text_weights_trained"] / ones[0]["text_weights_total"]
         cells.append(f"{ones[0]['text_weights_trained']:,} ({share:.1%})")
         cells.append(f"{np.median([one['step_seconds'] for one in ones]):.2f} s")

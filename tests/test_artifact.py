@@ -252,6 +252,14 @@ class TestInterruptedWriting:
         with pytest.raises(ArtifactError, match="no artifact"):
             Artifact.load(tmp_path / "a")
 
+    def test_a_second_process_is_refused_and_the_first_one_loses_nothing(self, tmp_path):
+        with writing(tmp_path / "a", kind="dataset", config=CONFIG) as draft:
+            (draft.path / "half").write_bytes(b"half")
+            second = self.write_then(tmp_path / "a", "pass")
+        assert "another tfrec process is making" in second.stderr
+        assert Artifact.load(tmp_path / "a").file("half").read_bytes() == b"half"
+        assert self.write_then(tmp_path / "a", "pass").returncode == 0
+
     @pytest.mark.parametrize("last", ["os.kill(os.getpid(), signal.SIGINT)", "raise ValueError"])
     def test_ctrl_c_and_errors_leave_the_old_artifact_and_nothing_else(self, last, tmp_path):
         old = everything(make(tmp_path / "a").path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -138,13 +139,11 @@ def writing(
       parents: Role -> what it is made from, or the digest of that.
 
     Raises:
-      SetupError: the disk is full or cannot be written.
+      SetupError: another process is writing it, or the disk is full or cannot be written.
     """
     final = Path(path)
     partial = final.with_name(f".{final.name}.partial")
-    with disk_errors(final):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with disk_errors(final), _claimed(partial, final):
         try:
             draft = Draft(partial)
             yield draft
@@ -228,7 +227,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
       SetupError: the disk is full or cannot be written.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(target):
         with open(partial, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
@@ -309,6 +308,39 @@ def _write_manifest(
         "digest": content_digest(kind, config, parents, files),
     }
     write_json(folder / MANIFEST, manifest)
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path, final: Path) -> Iterator[None]:
+    """An empty draft folder that no other process takes away; what a kill left there is removed.
+
+    The claim is a lock on the folder itself, which ends with the process however it ends.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), _locked(partial, final):
+        shutil.rmtree(partial)
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir()
+    with _locked(partial, final):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, final: Path) -> Iterator[None]:
+    opened = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise SetupError(
+            f"another tfrec process is making {final}; wait for it, stop it, or give another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _swap(partial: Path, final: Path) -> None:

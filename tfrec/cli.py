@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 done, 1 a bug of ours, 2 bad input or configuration, 3 the environment,
       130 interrupted, 141 nobody reads our output any more.
     """
+    if not sys.stderr.isatty():
+        # A log file is read later: one line of a progress bar every ten seconds is enough.
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     try:
         arguments = parser().parse_args(argv)
         code: int = arguments.handler(arguments)

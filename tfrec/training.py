@@ -466,7 +466,6 @@ class _Loop(tf_keras.callbacks.Callback):
             initial=self.state.epoch * self.steps,
             desc=self.title,
             unit="step",
-            mininterval=0.5,
             dynamic_ncols=True,
             disable=not self.keeper.placement.chief,
         )

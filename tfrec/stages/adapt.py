@@ -719,8 +719,11 @@ def _choose_policy(
     policy = replace(policy, score=score)
     total, popular = policy.total(parts), base.popular(rows)
 
-    def usual(chosen: Policy) -> float:
-        return _ndcg(total + chosen.prior(asked.events)[:, None] * popular, rows, target)
+    few = asked.events <= EVENTS[-1]
+
+    def usual(chosen: Policy) -> NDArray[np.float64]:
+        gain = _gains(total + chosen.prior(asked.events)[:, None] * popular, rows, target)
+        return np.array([gain.mean(), gain[few].sum()])
 
     return _choose_newcomer(job, base, policy, usual), found
 
@@ -731,7 +734,7 @@ LEAST_NEWCOMERS, MOST_NEWCOMERS = 30, 300  # users
 
 
 def _choose_newcomer(
-    job: _Job, base: Recommender, policy: Policy, usual: Callable[[Policy], float]
+    job: _Job, base: Recommender, policy: Policy, usual: Callable[[Policy], NDArray[np.float64]]
 ) -> Policy:
     """Chooses how much popularity counts beside few events.
 
@@ -744,8 +747,8 @@ def _choose_newcomer(
       job: What is trained.
       base: Of the cut ``select``.
       policy: All but this.
-      usual: Quality for validation users with the events that they have, which must not
-        fall.
+      usual: Quality for validation users with the events that they have, for all and for those
+        of 20 events or fewer: neither may fall.
     """
     events = job.of_users(job.dataset.interactions)
     first = FirstEvents.of(events, MOST_NEWCOMERS, job.config.seed, VALID)
@@ -773,7 +776,7 @@ def _choose_newcomer(
 
     least = usual(policy)
     tried = [replace(policy, newcomer=unit * w, fade=f) for w in NEWCOMERS for f in FADES]
-    values = {quality(one): one for one in tried if usual(one) >= least}
+    values = {quality(one): one for one in tried if (usual(one) >= least).all()}
     best = max(values, default=0.0)
     return values[best] if best > quality(policy) * (1 + LEAST_GAIN) else policy
 
@@ -868,9 +871,13 @@ def _spread(values: Floats, used: NDArray[np.bool_]) -> float:
 
 
 def _ndcg(score: Floats, rows: Rows, target: Rows) -> float:
-    """Mean NDCG@10 of one target a user; a target that is no candidate is a miss."""
+    """Mean of :func:`_gains`."""
+    return float(_gains(score, rows, target).mean())
+
+
+def _gains(score: Floats, rows: Rows, target: Rows) -> NDArray[np.float64]:
+    """NDCG@10 of one target a user; a target that is no candidate is a miss."""
     hit = rows == target[:, None]
     wanted = np.where(hit, score, -np.inf).max(axis=1, keepdims=True)
     place = ((score > wanted) & (rows > 0)).sum(axis=1) + 1
-    gain = np.where(hit.any(axis=1) & (place <= 10), 1 / np.log2(place + 1), 0.0)
-    return float(gain.mean())
+    return np.where(hit.any(axis=1) & (place <= 10), 1 / np.log2(place + 1), 0.0)
