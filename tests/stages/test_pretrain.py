@@ -12,6 +12,7 @@ from tiny_bert import write_tiny_bert
 
 from tfrec.artifact import Artifact
 from tfrec.data.dataset import Dataset
+from tfrec.data.sequences import EventCoding
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import named
 from tfrec.models.encoder import PretrainedEncoder
@@ -162,6 +163,25 @@ class TestAdapting:
         kernel = "candidate_tower.attributes.kernel"
         np.testing.assert_array_equal(after[kernel][row], encoder.weights[kernel][there])
         adapt.run(here, out, "retrieval")
+
+    def test_types_of_events_may_be_left_out_of_both(self, folder, tmp_path):
+        """The table of types is then shorter than the names of types."""
+        quiet = config(
+            folder,
+            "adapt.retrieval.events=false",
+            "pretrain.epochs=1",
+            "adapt.encoder=pretrain",
+            objectives="{next_item = 1.0}",
+        )
+        out = tmp_path / "run"
+        prepare.run(quiet, out)
+        assert EventCoding.of(Dataset.load(out / "prepare").interactions).event_names
+        pretrain.run(quiet, out)
+        made = adapt.run(quiet, out, "retrieval")
+        assert (
+            "query_tower.tables.event"
+            in json.loads(made.file("model.json").read_text())["pretrained"]
+        )
 
     @pytest.mark.parametrize(
         ("setting", "message"),

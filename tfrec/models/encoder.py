@@ -232,7 +232,9 @@ class PretrainedEncoder:
                 if not rows[name]:
                     continue
                 for there, here in rows[name]:
-                    value[here] = source[there]
+                    # A table of types that are not told apart ends after the unknown one.
+                    if there < len(source) and here < len(value):
+                        value[here] = source[there]
             elif _by_place(name):
                 part = tuple(
                     slice(min(a, b)) for a, b in zip(value.shape, source.shape, strict=True)
