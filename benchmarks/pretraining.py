@@ -114,7 +114,10 @@ def large() -> Iterator[Side]:
 
 
 # No id is shared, and the shop has no times, types of events or ratings.
-BY_TEXT = tuple(f"adapt.retrieval.{name}=false" for name in ("item_ids", "time_gaps", "events"))
+BY_TEXT = (
+    *(f"adapt.retrieval.{name}=false" for name in ("item_ids", "time_gaps", "events")),
+    "adapt.retrieval.text_hidden=1024",
+)
 FEW = (
     *BY_TEXT,
     "adapt.users=0.1",
@@ -123,8 +126,8 @@ FEW = (
     "adapt.retrieval.patience=8",
 )
 SOURCES = {
-    "movielens-1m": ("pretrain.epochs=8", "pretrain.batch_size=128"),
-    "movielens-1m-other": ("pretrain.epochs=10", "pretrain.batch_size=128"),
+    "movielens-1m": ("pretrain.epochs=8",),
+    "movielens-1m-other": ("pretrain.epochs=10",),
     "amazon": ("pretrain.epochs=40",),
 }
 

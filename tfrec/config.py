@@ -195,6 +195,13 @@ class RetrievalConfig(TrainingConfig):
         lt=1,
         description="share of each item text's vector left out in a step; for items without events",
     )
+    text_hidden: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="hidden units through which a text vector makes its candidate, beside a linear "
+        "map; 0: that alone; where items are told apart by their texts, 1024",
+    )
     time_gaps: bool = Field(True, description="the query tower reads the time between events")
     events: bool = Field(True, description="the query tower reads event types and ratings")
     request_time: bool = Field(False, description="the time of the request is an input")

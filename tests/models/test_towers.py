@@ -6,7 +6,7 @@ from toys import make_histories
 
 from tfrec.data.sequences import query_arrays
 from tfrec.models.dropout import drawing
-from tfrec.models.keras_bridge import set_precision, set_seed, tf
+from tfrec.models.keras_bridge import set_precision, set_seed, tf, tf_keras
 from tfrec.models.towers import CandidateTower, QueryTower
 
 WIDTH, ROWS, TEXT, ATTRIBUTES, LENGTH = 8, 6, 5, 3, 6
@@ -50,6 +50,17 @@ def test_rows_in_any_order_give_the_vectors_of_the_whole_catalog():
     rows = np.array([4, 0, 2, 2], np.int32)
     some = tower(text[rows], attributes[rows], rows).numpy()
     np.testing.assert_allclose(some, whole[rows], atol=1e-6)
+
+
+def test_a_hidden_layer_adds_to_the_linear_part_and_nothing_where_there_is_no_text():
+    tower, (text, attributes) = candidate(item_ids=False, text_hidden=7), features()
+    text[2] = 0
+    found = tower(text, attributes).numpy()
+    hidden = tf_keras.activations.gelu(text @ tower.text_hidden.kernel.numpy()).numpy()
+    linear = text @ tower.text.kernel.numpy() + attributes @ tower.attributes.kernel.numpy()
+    np.testing.assert_allclose(found, linear + hidden @ tower.text_out.kernel.numpy(), atol=1e-6)
+    assert np.abs(found - linear).max(axis=1)[[1, 3]].min() > 1e-4
+    np.testing.assert_allclose(found[2], linear[2], atol=1e-7)
 
 
 def test_parts_of_texts_are_left_out_in_training_alone():

@@ -28,7 +28,16 @@ from tfrec.models.text import TextEncoder
 KIND = "encoder"
 WEIGHTS, CARD, TEXT = "weights.safetensors", "card.json", "text"
 
-SIZES = ("embedding_dim", "layers", "heads", "feed_forward", "events", "time_gaps", "request_time")
+SIZES = (
+    "embedding_dim",
+    "layers",
+    "heads",
+    "feed_forward",
+    "text_hidden",
+    "events",
+    "time_gaps",
+    "request_time",
+)
 """Settings of `[adapt.retrieval]` that decide about the shape of what is taken over."""
 
 
@@ -75,6 +84,7 @@ class EncoderCard:
           ArtifactError: a part is missing, so another version wrote it.
         """
         missing = [field.name for field in fields(cls) if field.name not in tree]
+        missing += [name for name in SIZES if name not in tree.get("sizes", {})]
         if missing:
             raise ArtifactError(
                 f"the card of this encoder has no '{missing[0]}': another version of tfrec made "

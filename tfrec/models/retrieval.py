@@ -74,6 +74,7 @@ class TwoTower(TaskModel):
             config.item_ids,
             config.id_dropout,
             config.text_dropout,
+            config.text_hidden,
             name="candidate_tower",
         )
         self.encoder = encoder

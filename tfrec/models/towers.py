@@ -30,6 +30,8 @@ class CandidateTower(tf_keras.layers.Layer):
       id_dropout: Share of items whose id is left out in a training step.
       text_dropout: Share of each text vector's numbers that is left out in a training step, so
         that no item is learned by heart from its text.
+      text_hidden: Width of a hidden layer between the text vector and what it adds beside its
+        linear part; 0: none.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class CandidateTower(tf_keras.layers.Layer):
         item_ids: bool = True,
         id_dropout: float = 0.1,
         text_dropout: float = 0.0,
+        text_hidden: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -48,12 +51,26 @@ class CandidateTower(tf_keras.layers.Layer):
             "item_ids": item_ids,
             "id_dropout": id_dropout,
             "text_dropout": text_dropout,
+            "text_hidden": text_hidden,
         }
         self.num_rows, self.id_dropout, self.width = num_rows, id_dropout, embedding_dim
         self.text = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="text"
         )
         self.text_dropout = Dropout(text_dropout)
+        self.text_hidden: Any = None
+        self.text_out: Any = None
+        if text_hidden:
+            # Without a bias, so that no text still adds nothing.
+            self.text_hidden = tf_keras.layers.Dense(
+                text_hidden, activation="gelu", use_bias=False, name="text_hidden"
+            )
+            self.text_out = tf_keras.layers.Dense(
+                embedding_dim,
+                use_bias=False,
+                kernel_initializer=_small_normal(),
+                name="text_out",
+            )
         self.attributes = tf_keras.layers.Dense(
             embedding_dim, use_bias=False, kernel_initializer=_small_normal(), name="attributes"
         )
@@ -83,7 +100,10 @@ class CandidateTower(tf_keras.layers.Layer):
         count = tf.shape(text)[0]
         vector = tf.zeros([count, self.width], self.compute_dtype)
         if text.shape[-1]:
-            vector += self.text(self.text_dropout(text, training=training))
+            text = self.text_dropout(text, training=training)
+            vector += self.text(text)
+            if self.text_hidden is not None:
+                vector += self.text_out(self.text_hidden(text))
         if attributes.shape[-1]:
             vector += self.attributes(attributes)
         if self.ids is None:
