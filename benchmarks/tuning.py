@@ -61,6 +61,9 @@ TUNE = (
     "adapt.retrieval.precision=mixed_bfloat16",
     "adapt.retrieval.jit_compile=false",
 )
+# Few steps over all texts at once: four times the usual rates.
+RATE = {"full": 0.1}
+USUAL_RATE = 1.0
 LEAST = 5
 COLD, WARM, NEAR = 20, 10, 10
 
@@ -102,6 +105,7 @@ def trained(asked: argparse.Namespace, seed: int, method: str, folder: Path) -> 
 
     tuning = "head" if method == "mlm" else method
     told = [*PRETRAIN, *TUNE, f"adapt.tuning.text={tuning}", *(MLM if method == "mlm" else ())]
+    told.append(f"adapt.tuning.text_rate={RATE.get(method, USUAL_RATE)}")
     config = configuration(asked, seed, [*told, *asked.set])
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("prepare",) if method == "mlm" else ("prepare", "pretrain"):
