@@ -125,6 +125,7 @@ FEW = (
     "adapt.retrieval.validate_every=10",
     "adapt.retrieval.patience=8",
 )
+LINEAR = "adapt.retrieval.text_hidden=0"
 SOURCES = {
     "movielens-1m": ("pretrain.epochs=8",),
     "movielens-1m-other": ("pretrain.epochs=10",),
@@ -137,7 +138,9 @@ def transfer() -> Iterator[Side]:
         ("movielens-100k", ("movielens-1m", "movielens-1m-other", "amazon")),
         ("amazon", ("movielens-1m",)),
     ):
-        yield Side(f"{target}, no pretraining", FEW, target)
+        yield Side(f"{target}, no pretraining, hidden layer too", FEW, target)
+        # With so few users less is learned by heart without it.
+        yield Side(f"{target}, no pretraining", (*FEW, LINEAR), target)
         for source in sources:
             yield Side(f"{target} from {source}", FEW, target, source)
 

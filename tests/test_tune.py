@@ -163,6 +163,11 @@ class TestSearch:
         for key, told in tune.SPACES[task].items():
             assert tune._holds(tune._distribution(config, key, told), config.at(key)), key
 
+    def test_sizes_of_an_encoder_are_not_searched(self):
+        config = Config.parse({"adapt": {"encoder": "pretrain"}})
+        left = tune.SPACES["retrieval"].keys() - tune._usual_space(config).keys()
+        assert left == {"adapt.retrieval.embedding_dim", "adapt.retrieval.layers"}
+
 
 def _tune(config: Config) -> dict[str, object]:
     return {"tune": config.tune.model_dump()}

@@ -43,6 +43,18 @@ TEXT_OBJECTIVES = ("mlm", "text_history")
 OBJECTIVES = (*SEQUENCE_OBJECTIVES, "mlm")
 """What an encoder can be pretrained on."""
 
+SIZES = (
+    "embedding_dim",
+    "layers",
+    "heads",
+    "feed_forward",
+    "text_hidden",
+    "events",
+    "time_gaps",
+    "request_time",
+)
+"""Settings of `[adapt.retrieval]` that decide about the shape of a pretrained encoder."""
+
 FILE = "config.json"
 """What a run was told, in its folder."""
 
@@ -387,6 +399,10 @@ class AdaptConfig(Section):
     tuning: TuningConfig = TuningConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     ranking: RankingConfig = RankingConfig()
+
+    def encoder_folder(self, run: Path) -> Path:
+        """Where the encoder is that `encoder` names, in a run's folder."""
+        return run / "pretrain" if self.encoder == "pretrain" else Path(self.encoder)
 
     @model_validator(mode="before")
     @classmethod

@@ -45,7 +45,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import tfrec
 from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
-from tfrec.config import Config
+from tfrec.config import SIZES, Config
 from tfrec.errors import ArtifactError, ConfigError, InputError, SetupError, TfrecError
 from tfrec.report import tuning
 from tfrec.stages import prepare
@@ -165,6 +165,8 @@ def _inputs(config: Config, out: Path, say: Callable[[str], None]) -> dict[str, 
         raise InputError(
             "there are no validation events to tune on; take a data.split that holds some out"
         )
+    if config.tune.task == "retrieval" and config.adapt.encoder:
+        parents["encoder"] = Artifact.peek(config.adapt.encoder_folder(out), "encoder")
     if config.tune.task == "ranking":
         say("adapt: retrieval")
         place = out / "adapt" / "retrieval"
@@ -174,6 +176,15 @@ def _inputs(config: Config, out: Path, say: Callable[[str], None]) -> dict[str, 
             raise _error_of(ending)
         parents["retrieval"] = Artifact.peek(place, "retrieval")
     return parents
+
+
+def _usual_space(config: Config) -> dict[str, Any]:
+    """What is searched where the configuration names nothing."""
+    space = SPACES[config.tune.task]
+    if not config.adapt.encoder:
+        return space
+    given = {f"adapt.retrieval.{name}" for name in SIZES}  # those of the encoder
+    return {key: values for key, values in space.items() if key not in given}
 
 
 def _recipe(config: Config, space: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +240,7 @@ class _Search:
         force: bool,
         say: Callable[[str], None],
     ) -> _Search:
-        told = config.tune.space or SPACES[config.tune.task]
+        told = config.tune.space or _usual_space(config)
         recipe = _recipe(config, told)
         digest = recipe_digest(KIND, recipe, parents)[:16]
         home = shelf / digest

@@ -129,7 +129,7 @@ class TestMasked:
 
 class TestDamaged:
     def test_events_keep_their_segment_and_what_belongs_to_them(self, rows, generator):
-        copy = damaged(rows, generator, ITEMS, 0.0, 0.0, 3.0)
+        copy = damaged(rows, generator, None, 0.0, 0.0, 3.0)
         np.testing.assert_array_equal(copy["segment"], rows["segment"])
         assert (copy["item"] != rows["item"]).any()
         for row in range(len(rows["item"])):
@@ -144,7 +144,7 @@ class TestDamaged:
 
     def test_an_event_moves_no_further_than_asked(self, generator):
         rows = make_packed([8] * 4, items=200).epoch(0)
-        copy = damaged(rows, generator, 200, 0.0, 0.0, 2.0)
+        copy = damaged(rows, generator, None, 0.0, 0.0, 2.0)
         for before, after in zip(rows["item"], copy["item"], strict=True):
             for place_, item in enumerate(before):
                 if item and (before == item).sum() == 1:
@@ -153,7 +153,7 @@ class TestDamaged:
     def test_shares_of_deleted_and_replaced(self, generator):
         rows = make_packed([40] * 60, items=2000, length=32).epoch(0)
         events = rows["item"] > 0
-        copy = damaged(rows, generator, 2000, 0.3, 0.2, 0.0)
+        copy = damaged(rows, generator, np.arange(1, 2001, dtype=np.int32), 0.3, 0.2, 0.0)
         gone = (copy["segment"] == 0) & (rows["segment"] > 0)
         assert gone.sum() / events.sum() == pytest.approx(0.3, abs=0.04)
         assert not gone[~events].any()
@@ -199,12 +199,14 @@ def test_texts_of_a_history_belong_to_users_of_the_row(rows, generator):
     offsets[-1] = offsets[-2]  # the last user has none
     texts = int(offsets[-1])
     vectors = np.arange(texts, dtype=np.float32)[:, None]
-    objective = TextHistory(vectors, np.arange(1, texts + 1, dtype=np.int32), offsets, pairs=4)
+    targets = np.arange(1, texts + 1, dtype=np.int32)
+    weights = np.where(targets == 2, 0.0, 0.5).astype(np.float32)
+    objective = TextHistory(vectors, targets, weights, offsets, pairs=4)
     found = objective.arrays(rows, generator)
-    assert found["text_history_weight"].sum() > 0
+    assert set(np.unique(found["text_history_weight"])) == {0.0, 0.5}
     for row, pair in np.argwhere(found["text_history_weight"] > 0):
         text = int(found["text_history_profile"][row, pair, 0])
-        assert found["text_history_target"][row, pair] == text + 1
+        assert found["text_history_target"][row, pair] == text + 1 != 2
         assert text // 2 in rows["user"][row]
 
 
@@ -249,8 +251,8 @@ def test_half_precision_learns_nearly_as_float32_does(tmp_path, precision):
     finally:
         set_precision("float32")
     assert {v.dtype for v in model.trainable_variables} == {tf.float32}
-    for name in ALL:
-        assert half.history[-1][name] == pytest.approx(exact.history[-1][name], rel=0.1)
+    for name, most in {"loss": 0.1, **dict.fromkeys(ALL, 0.25)}.items():
+        assert half.history[-1][name] == pytest.approx(exact.history[-1][name], rel=most)
 
 
 def test_sampled_candidates_stand_for_the_catalog(tmp_path):
@@ -276,7 +278,7 @@ def test_divergence_of_a_standard_normal_is_nothing(precision):
 
 def test_contrast_is_lost_without_a_second_event(generator):
     rows = make_packed([1, 1, 1]).epoch(0)
-    assert Contrastive(ITEMS).arrays(rows, generator)["contrastive_weight"].sum() == 0
+    assert Contrastive().arrays(rows, generator)["contrastive_weight"].sum() == 0
 
 
 def test_next_item_is_the_loss_of_the_two_tower(tmp_path):
@@ -291,7 +293,7 @@ def test_next_item_is_the_loss_of_the_two_tower(tmp_path):
 
 
 def test_denoising_reads_the_damaged_copy_and_tells_the_whole(rows, generator):
-    found = Denoising(ITEMS, delete=0.5).arrays(rows, generator)
+    found = Denoising(np.arange(1, ITEMS + 1, dtype=np.int32), delete=0.5).arrays(rows, generator)
     assert (found["denoising_segment"] == 0).sum() > (rows["segment"] == 0).sum()
     per_segment = found["denoising_weight"].sum()
     assert 0 < per_segment < rows["weight"].sum()

@@ -10,6 +10,7 @@ from toys import LENGTHS, make_batches, make_histories, make_two_tower, small_co
 from tfrec.config import RetrievalConfig
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences, query_arrays
 from tfrec.distribution import place
+from tfrec.errors import ConfigError
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.keras_bridge import set_precision, set_seed, tf
 from tfrec.models.retrieval import TwoTower, uses_full_softmax
@@ -116,6 +117,11 @@ def test_the_sampled_loss_corrects_for_popularity_and_leaves_out_accidental_hits
 )
 def test_which_loss_is_taken(loss, items, trained, full):
     assert uses_full_softmax(RetrievalConfig(loss=loss), items, trained) is full
+
+
+def test_the_exact_softmax_is_refused_where_texts_are_read_anew():
+    with pytest.raises(ConfigError, match=r"set adapt\.retrieval\.loss=sampled"):
+        uses_full_softmax(RetrievalConfig(loss="full_softmax"), 10, True)
 
 
 # --- vectors ---

@@ -164,6 +164,14 @@ class TestAdapting:
         np.testing.assert_array_equal(after[kernel][row], encoder.weights[kernel][there])
         adapt.run(here, out, "retrieval")
 
+    def test_users_of_another_cut_are_other_vectors(self, folder, finished, tmp_path):
+        """One cut's weights serve all, and histories end elsewhere."""
+        out, path = copy(finished, tmp_path), tmp_path / "users.parquet"
+        adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")
+        encode.run(out, "users", cut="select", out=path)
+        with pytest.raises(InputError, match="cut"):
+            encode.run(out, "users", cut="final", out=path)
+
     def test_types_of_events_may_be_left_out_of_both(self, folder, tmp_path):
         """The table of types is then shorter than the names of types."""
         quiet = config(
@@ -343,6 +351,68 @@ class TestUsers:
         card = json.loads(made.file("card.json").read_text())
         assert card["data"]["users"] == board.USERS // 2
         adapt.run(config(folder, *half), out, "retrieval")
+
+    def test_all_of_them_leave_no_others(self, folder, finished, tmp_path):
+        with pytest.raises(ConfigError, match=r"adapt\.users is 1; set it below 1"):
+            pretrain.run(config(folder, "pretrain.users=others"), copy(finished, tmp_path))
+
+
+class TestWhatItSaw:
+    def test_of_another_split_it_is_refused_in_its_own_folder(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        other = config(folder, "adapt.encoder=pretrain", "data.split=user_cold")
+        prepare.run(other, out)
+        with pytest.raises(ArtifactError, match=r"held out; run `tfrec pretrain` again"):
+            adapt.run(other, out, "retrieval")
+
+    def test_of_another_folder_it_is_taken_and_that_is_said(
+        self, folder, finished, tmp_path, capsys
+    ):
+        other = config(folder, f"adapt.encoder={finished / 'pretrain'}", "data.split=user_cold")
+        prepare.run(other, tmp_path / "run")
+        adapt.run(other, tmp_path / "run", "retrieval")
+        assert "but not on this split of their events" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("setting", ["temperature=0.5", "text_dropout=0.1"])
+    def test_what_changes_it_is_part_of_its_recipe(self, folder, finished, tmp_path, setting):
+        out = copy(finished, tmp_path)
+        again = pretrain.run(config(folder, f"adapt.retrieval.{setting}"), out)
+        assert again.digest != Artifact.load(finished / "pretrain").digest
+
+    def test_other_weights_in_the_folder_of_the_bert_make_it_anew(self, folder, tmp_path):
+        shutil.copytree(folder / "bert", tmp_path / "bert")
+        mine = config(folder, f"adapt.text={tmp_path / 'bert'}", "pretrain.epochs=1")
+        prepare.run(mine, tmp_path / "run")
+        before = pretrain.run(mine, tmp_path / "run")
+        shutil.rmtree(tmp_path / "bert")
+        write_tiny_bert(tmp_path / "bert", seed=5)
+        assert pretrain.run(mine, tmp_path / "run").digest != before.digest
+
+
+class TestObjectivesThatTrainNotAll:
+    @pytest.mark.parametrize(
+        ("objectives", "towers", "left"),
+        [
+            ("{mlm = 1.0}", set(), ("items", "users")),
+            ("{vae = 1.0}", {"candidate_tower"}, ("users",)),
+        ],
+    )
+    def test_what_was_not_trained_is_not_kept(
+        self, folder, finished, tmp_path, objectives, towers, left
+    ):
+        out = tmp_path / "run"
+        out.mkdir()
+        (out / "prepare").symlink_to(finished / "prepare")
+        some = config(folder, "adapt.encoder=pretrain", "pretrain.epochs=1", objectives=objectives)
+        pretrain.run(some, out)
+        kept = {name.split(".")[0] for name in PretrainedEncoder.load(out / "pretrain").weights}
+        assert kept == towers
+        for what in left:
+            with pytest.raises(InputError, match=f"vectors of {what}; take --space text"):
+                encode.run(out / "pretrain", what)
+        made = adapt.run(some, out, "retrieval")
+        names = json.loads(made.file("model.json").read_text())["pretrained"]
+        assert {name.split(".")[0] for name in names} == towers
 
 
 class TestWhatTheDataCannotSupport:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.artifact import Artifact
-from tfrec.config import AdaptConfig, RetrievalConfig
+from tfrec.config import SEQUENCE_OBJECTIVES, SIZES, AdaptConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding
 from tfrec.errors import ArtifactError, ConfigError, InputError
@@ -28,25 +28,13 @@ from tfrec.models.text import TextEncoder
 KIND = "encoder"
 WEIGHTS, CARD, TEXT = "weights.safetensors", "card.json", "text"
 
-SIZES = (
-    "embedding_dim",
-    "layers",
-    "heads",
-    "feed_forward",
-    "text_hidden",
-    "events",
-    "time_gaps",
-    "request_time",
-)
-"""Settings of `[adapt.retrieval]` that decide about the shape of what is taken over."""
-
 
 @dataclass(frozen=True)
 class EncoderCard:
     """What must be known to start from an encoder, and what people want to know; ``card.json``.
 
     Attributes:
-      sizes: The :data:`SIZES` it was made with.
+      sizes: The settings :data:`tfrec.config.SIZES` it was made with.
       text: ``name`` of the BERT, its ``digest`` and ``tokenizer`` digest, ``width``, ``length`` in
         tokens, and whether it was ``trained`` too and is in the artifact; empty: no text was read.
       coding: How events became integers.
@@ -125,10 +113,7 @@ class PretrainedEncoder:
         return cls(found.path, card, named.read(found.file(WEIGHTS)), found.digest)
 
     def profiles(self, given: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (users, text width) of (users, 0), if it learned to read texts about users.
-
-        Nobody has a profile then, and somebody new may bring one.
-        """
+        """float32 (users, text width) of (users, 0), if it learned to read texts about users."""
         if given.shape[1] or "query_tower.profile.kernel" not in self.weights:
             return given
         return np.zeros((len(given), self.card.text["width"]), np.float32)
@@ -204,7 +189,8 @@ class PretrainedEncoder:
             raise ConfigError(
                 f"the encoder {self.path} was pretrained with the text model "
                 f"'{self.card.text['name']}' ({self.card.text['digest'][:12]}), and adapt.text = "
-                f"'{config.text}' has other weights; set adapt.text={self.card.text['name']}"
+                f"'{config.text}' has other weights; set adapt.text={self.card.text['name']}, or "
+                "pretrain again"
             )
 
     def start(self, model: TwoTower, dataset: Dataset) -> tuple[str, ...]:
@@ -260,19 +246,22 @@ class PretrainedEncoder:
         return tuple(taken)
 
 
-def base_folder(given: str, run: Path) -> Path:
-    """Where the encoder is that `adapt.encoder` names, in a run's folder."""
-    return run / "pretrain" if given == "pretrain" else Path(given)
-
-
-def contents(model: TwoTower) -> dict[str, Any]:
-    """The variables of a TwoTower that an encoder keeps: all but those of the BERT."""
+def contents(model: TwoTower, objectives: Collection[str]) -> dict[str, Any]:
+    """The variables of a TwoTower that an encoder keeps: what was trained, but for the BERT."""
+    trained = set(objectives) & set(SEQUENCE_OBJECTIVES)
+    left: tuple[str, ...] = ("encoder.",)
+    if trained <= {"contrastive", "vae"}:  # they know of no user but his events
+        left += ("query_tower.profile.", "query_tower.attributes.")
+    if trained <= {"vae"}:
+        left += ("query_tower.",)
+    if not trained:
+        left += ("candidate_tower.",)
     variables = named.named_variables(model)
-    return {name: v for name, v in variables.items() if not name.startswith("encoder.")}
+    return {name: v for name, v in variables.items() if not name.startswith(left)}
 
 
 def sizes_of(config: RetrievalConfig) -> dict[str, Any]:
-    """The :data:`SIZES` of a configuration."""
+    """The :data:`tfrec.config.SIZES` of a configuration."""
     return {name: getattr(config, name) for name in SIZES}
 
 

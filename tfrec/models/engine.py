@@ -20,7 +20,7 @@ from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import ArtifactError
-from tfrec.models.encoder import KIND, PretrainedEncoder, base_folder
+from tfrec.models.encoder import KIND, PretrainedEncoder
 from tfrec.models.inputs import encoded
 from tfrec.models.keras_bridge import tf
 from tfrec.models.named import assign, named_variables, read
@@ -198,7 +198,7 @@ def restore_two_tower(artifact: Artifact, cut: str, features: Floats) -> tuple[T
 def _base(artifact: Artifact) -> PretrainedEncoder:
     """The pretrained encoder that a retrieval artifact started from."""
     config, _ = _told(artifact)
-    folder = base_folder(config.encoder, artifact.path.parent.parent)
+    folder = config.encoder_folder(artifact.path.parent.parent)
     found = PretrainedEncoder.load(folder)
     if found.digest != artifact.parents.get(KIND):
         raise ArtifactError(
@@ -401,7 +401,7 @@ def read_array(path: Path) -> Floats:
 
 def _belongs(child: Artifact, role: str, parent: Artifact) -> None:
     if child.parents.get(role) not in (parent.digest, parent.parents.get(MERGED)):
+        verb = "pretrain" if child.kind == KIND else f"adapt --task {child.kind}"
         raise ArtifactError(
-            f"{child.path} was not made from {parent.path} as it is now; run "
-            f"`tfrec adapt --task {child.kind}` again"
+            f"{child.path} was not made from {parent.path} as it is now; run `tfrec {verb}` again"
         )

@@ -143,13 +143,13 @@ class Denoising:
     Mult-DAE: Liang et al. 2018, arXiv:1802.05814).
 
     Attributes:
-      num_items: Items of the catalog, of which the replacing ones are drawn.
+      items: int32, rows of the catalog, of which the replacing ones are drawn.
       delete: Share of events left out.
       replace: Share of events replaced by another item.
       shuffle: Events move at most about so many places.
     """
 
-    num_items: int
+    items: NDArray[np.int32]
     delete: float = 0.3
     replace: float = 0.1
     shuffle: float = 3.0
@@ -157,7 +157,7 @@ class Denoising:
 
     def arrays(self, rows: Arrays, generator: np.random.Generator) -> Arrays:
         """int32 (rows, length) of the damaged copy; float32 (rows, length) weights."""
-        copy = damaged(rows, generator, self.num_items, self.delete, self.replace, self.shuffle)
+        copy = damaged(rows, generator, self.items, self.delete, self.replace, self.shuffle)
         return {f"denoising_{name}": values for name, values in copy.items()} | {
             "denoising_weight": _shared_among_events(rows)
         }
@@ -177,13 +177,11 @@ class Contrastive:
     arXiv:1807.03748).
 
     Attributes:
-      num_items: Items of the catalog.
       temperature: Divides the similarities.
       delete: Share of events left out of a copy.
       shuffle: Events move at most about so many places.
     """
 
-    num_items: int
     temperature: float = 0.1
     delete: float = 0.4
     shuffle: float = 3.0
@@ -193,7 +191,7 @@ class Contrastive:
         """int32 (rows, length) of both copies; float32 (rows, MAX_SEGMENTS) weights."""
         out: Arrays = {}
         for view in ("contrastive_a_", "contrastive_b_"):
-            copy = damaged(rows, generator, self.num_items, self.delete, 0.0, self.shuffle)
+            copy = damaged(rows, generator, None, self.delete, 0.0, self.shuffle)
             out |= {view + name: values for name, values in copy.items()}
         out["contrastive_weight"] = (events_of_segments(rows) > 1).astype(np.float32)
         return out
@@ -243,11 +241,12 @@ class CoOccurrence:
         here, there = (np.take_along_axis(target, p, axis=1) for p in (place, other))
         same = np.equal(*(np.take_along_axis(segment, p, axis=1) for p in (place, other)))
         used = same & (here > 0) & (there > 0) & (here != there)
+        weights = [np.take_along_axis(rows["weight"], p, axis=1) for p in (place, other)]
         swap = generator.random(size) < 0.5
         return {
             "co_occurrence_item": np.where(used, np.where(swap, here, there), 0),
             "co_occurrence_target": np.where(used, np.where(swap, there, here), 0),
-            "co_occurrence_weight": used.astype(np.float32),
+            "co_occurrence_weight": np.where(used, np.minimum(*weights), 0).astype(np.float32),
         }
 
     def loss(self, model: Model, vectors: Any, batch: Mapping[str, Any], training: bool) -> Any:
@@ -266,12 +265,14 @@ class TextHistory:
     Attributes:
       vectors: float32 (texts, text width) of histories as texts.
       targets: int32 (texts,), the item that came next.
+      weights: float32 (texts,), of that event.
       offsets: int64 (users + 1,): the texts of user u are ``offsets[u]:offsets[u + 1]``.
       pairs: Texts drawn for each row.
     """
 
     vectors: NDArray[np.float32]
     targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
     offsets: NDArray[np.int64]
     pairs: int = 2
     name: ClassVar[str] = "text_history"
@@ -292,7 +293,7 @@ class TextHistory:
         return {
             "text_history_profile": self.vectors[text],
             "text_history_target": target,
-            "text_history_weight": (used & (target > 0)).astype(np.float32),
+            "text_history_weight": np.where(used & (target > 0), self.weights[text], 0),
         }
 
     def loss(self, model: Model, vectors: Any, batch: Mapping[str, Any], training: bool) -> Any:
@@ -382,7 +383,7 @@ class Variational(tf_keras.layers.Layer):
 def damaged(
     rows: Arrays,
     generator: np.random.Generator,
-    num_items: int,
+    items: NDArray[np.int32] | None,
     delete: float,
     replace: float,
     shuffle: float,
@@ -392,7 +393,7 @@ def damaged(
     Args:
       rows: Of :meth:`PackedSequences.epoch <tfrec.data.sequences.PackedSequences.epoch>`.
       generator: Decides.
-      num_items: Items of the catalog, of which the replacing ones are drawn.
+      items: int32, rows of the catalog, of which the replacing ones are drawn; None: none are.
       delete: Share of events left out: their places get segment 0. Start tokens stay.
       replace: Share of events replaced by another item.
       shuffle: An event moves at most about so many places, within its segment.
@@ -411,9 +412,10 @@ def damaged(
         for name in ("item", "event", "rating", "gap")
     }
     event = out["item"] > 0
-    replaced = event & (generator.random(shape) < replace)
-    drawn = generator.integers(1, num_items + 1, shape, dtype=np.int32)
-    out["item"] = np.where(replaced, drawn, out["item"])
+    if items is not None:
+        replaced = event & (generator.random(shape) < replace)
+        drawn = items[generator.integers(0, len(items), shape)]
+        out["item"] = np.where(replaced, drawn, out["item"])
     gone = event & (generator.random(shape) < delete)
     out["segment"] = np.where(gone, 0, rows["segment"]).astype(np.int32)
     return out

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tfrec.config import PretrainConfig
 from tfrec.models.keras_bridge import tf, tf_keras
 from tfrec.models.objectives import (
@@ -29,6 +32,7 @@ class Pretrainer(TaskModel):
       config: Weight of each objective, and its settings.
       anneal: Updates over which the divergence of ``vae`` grows.
       text_history: That objective, which needs texts of the data.
+      known: int32, rows of the catalog that noise may put into a history; None: all.
 
     Attributes:
       objectives: The sequence objectives by name.
@@ -42,17 +46,20 @@ class Pretrainer(TaskModel):
         config: PretrainConfig,
         anneal: int = 1000,
         text_history: TextHistory | None = None,
+        known: NDArray[np.int32] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(accumulate=config.accumulate, **kwargs)
         self.two_tower, self.config = two_tower, config
         self.temperature = two_tower.config.temperature
-        width, items = two_tower.config.embedding_dim, two_tower.candidate_tower.num_rows - 1
+        width = two_tower.config.embedding_dim
+        if known is None:
+            known = np.arange(1, two_tower.candidate_tower.num_rows, dtype=np.int32)
         made: dict[str, Objective] = {
             "masked": Masked(config.mask_rate),
-            "denoising": Denoising(items),
+            "denoising": Denoising(known),
             "next_item": NextItem(),
-            "contrastive": Contrastive(items),
+            "contrastive": Contrastive(),
             "co_occurrence": CoOccurrence(),
             "vae": Variational(width, config.latent, most=config.divergence, anneal=anneal),
         }

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tfrec.config import RetrievalConfig
 from tfrec.data.sequences import EventCoding, Histories, query_arrays
+from tfrec.errors import ConfigError
 from tfrec.models.keras_bridge import full_precision, tf, tfrs
 from tfrec.models.losses import across_replicas, full_softmax_loss
 from tfrec.models.step import TaskModel
@@ -288,7 +289,16 @@ class TwoTower(TaskModel):
 
 
 def uses_full_softmax(config: RetrievalConfig, num_items: int, text_is_trained: bool) -> bool:
-    """Whether the loss is the exact softmax over the whole catalog."""
+    """Whether the loss is the exact softmax over the whole catalog.
+
+    Raises:
+      ConfigError: that is asked for while the texts are read anew in every step.
+    """
+    if text_is_trained and config.loss == "full_softmax":
+        raise ConfigError(
+            "adapt.retrieval.loss = 'full_softmax' reads the vectors of all texts as they were, so "
+            "adapt.tuning.text must be 'head'; or set adapt.retrieval.loss=sampled"
+        )
     if config.loss != "auto":
         return config.loss == "full_softmax"
     return not text_is_trained and num_items <= FULL_SOFTMAX_LIMIT

@@ -236,7 +236,7 @@ class NeighbouringEvents:
     """Pairs of items that one user met with at most ``window`` events between.
 
     Attributes:
-      interactions: The events.
+      interactions: The events; those of weight 0 are left out.
       told: Catalog rows that have a text.
       place: int (n + 1,), row of a catalog row's text among the texts.
       window: How far apart the two events may be.
@@ -258,5 +258,5 @@ class NeighbouringEvents:
 
     @cached_property
     def _events(self) -> tuple[Rows, Rows]:
-        kept = np.isin(self.interactions.item, self.told)
+        kept = np.isin(self.interactions.item, self.told) & (self.interactions.weight > 0)
         return self.interactions.item[kept], self.interactions.user[kept]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -109,6 +110,19 @@ _HUB_FILES = (
 def cache_dir() -> Path:
     """Where weights are kept, in tfrec's cache folder."""
     return cache_folder() / "weights"
+
+
+def folder_digest(name: str) -> str:
+    """SHA-256 over the files of a folder of weights, as hex; empty where ``name`` is no folder.
+
+    What was made with a BERT of a folder is made again when other weights are put there.
+    """
+    folder = Path(name)
+    if name == "none" or not folder.is_dir():
+        return ""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [f"{path.relative_to(folder)} {file_digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def find(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:

@@ -27,11 +27,11 @@ from tfrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from tfrec.data.sequences import EventCoding, Histories, PackedSequences
 from tfrec.data.splits import labelled
 from tfrec.distribution import Placement, place
-from tfrec.errors import ConfigError, InputError
+from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.index import ExactIndex, Index, Ragged
 from tfrec.models.batches import SampledItems, TrainingBatches
 from tfrec.models.encoder import KIND as ENCODER
-from tfrec.models.encoder import PretrainedEncoder, base_folder
+from tfrec.models.encoder import PretrainedEncoder
 from tfrec.models.engine import (
     WEIGHTS,
     RetrievalCard,
@@ -50,6 +50,7 @@ from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import count, difference, tune
+from tfrec.models.weights import folder_digest
 from tfrec.recommender import (
     BLOCK,
     SCALARS,
@@ -117,7 +118,8 @@ def run(
     out, inputs = Path(out), Path(inputs or out)
     parents = {"dataset": Artifact.load(inputs / "prepare", "dataset")}
     if task == "retrieval" and config.adapt.encoder:
-        parents["encoder"] = Artifact.load(base_folder(config.adapt.encoder, inputs), ENCODER)
+        parents["encoder"] = Artifact.load(config.adapt.encoder_folder(inputs), ENCODER)
+        _check_what_it_saw(parents["encoder"], parents["dataset"], config.adapt.encoder)
     if task == "ranking":
         parents["retrieval"] = Artifact.load(inputs / "adapt" / "retrieval", "retrieval")
     recipe = _recipe(config, task)
@@ -136,12 +138,35 @@ def run(
     return Artifact.peek(folder, task)
 
 
+def _check_what_it_saw(encoder: Artifact, dataset: Artifact, given: str) -> None:
+    """An encoder of the same items and another split may have learned from held-out events."""
+    if encoder.parents.get("dataset") == dataset.digest:
+        return
+    if given == "pretrain":
+        raise ArtifactError(
+            f"{encoder.path} was not made from {dataset.path} as it is now, and may have seen what "
+            "is held out; run `tfrec pretrain` again"
+        )
+    catalog = PretrainedEncoder.load(encoder).card
+    if catalog.catalog == Dataset.load(dataset).catalog.digest(catalog.num_rows):
+        print(
+            f"tfrec: {given} was pretrained on these items but not on this split of their events; "
+            "if it has seen what is held out here, what is measured here is too good",
+            file=sys.stderr,
+        )
+
+
 def _recipe(config: Config, task: Task) -> dict[str, Any]:
     adapt = config.adapt.model_dump(mode="json", exclude={"ranking", "tracking"})
     if task == "retrieval":
-        return {"seed": config.seed, "adapt": adapt}
+        return {
+            "seed": config.seed,
+            "adapt": adapt,
+            "text_digest": folder_digest(config.adapt.text),
+        }
     ranking = config.adapt.ranking.model_dump(mode="json")
-    return {"seed": config.seed, "refit": config.adapt.refit, "ranking": ranking}
+    users = config.adapt.users
+    return {"seed": config.seed, "refit": config.adapt.refit, "users": users, "ranking": ranking}
 
 
 @dataclass(frozen=True)
@@ -750,7 +775,7 @@ def _choose_newcomer(
       usual: Quality for validation users with the events that they have, for all and for those
         of 20 events or fewer: neither may fall.
     """
-    events = job.of_users(job.dataset.interactions)
+    events = job.of_users(job.dataset.interactions.part(TRAIN, VALID))
     first = FirstEvents.of(events, MOST_NEWCOMERS, job.config.seed, VALID)
     if len(first.users) < LEAST_NEWCOMERS:
         return policy

@@ -123,8 +123,10 @@ def run(
         raise InputError(f"--out {target} is not the name of a .parquet file")
     reader = None if texts is None else _opened(texts, column, id_column)
     if reader is None:
+        if pretrained and space == "towers":
+            _check_towers(Path(folder), what)
         recommender, recipe = _pretrained(Path(folder), cut) if pretrained else _loaded(base, cut)
-        rows = _of_run(recommender, what, space, recipe)
+        rows = _of_run(recommender, what, space, cut, recipe)
     else:
         ids = id_column or next((name for name in IDS if name in reader.columns), "")
         # A published encoder has no run around it, and needs none to read texts.
@@ -166,6 +168,17 @@ def _pretrained(folder: Path, cut: str) -> tuple[Recommender, dict[str, str]]:
     return load_pretrained(folder, cut), {"model": Artifact.peek(folder, KIND).digest, "cut": cut}
 
 
+def _check_towers(folder: Path, what: What) -> None:
+    """Refuses vectors of towers that the objectives did not train."""
+    weights = PretrainedEncoder.load(folder).weights
+    tower = "candidate_tower." if what == "items" else "query_tower."
+    if not any(name.startswith(tower) for name in weights):
+        raise InputError(
+            f"the objectives of the encoder {folder} trained no tower that makes vectors of "
+            f"{what}; take --space text"
+        )
+
+
 def _loaded(folder: Path, cut: str) -> tuple[Recommender, dict[str, str]]:
     """The models of a run, and what the recipe says of them."""
     recommender = load_recommender(folder, cut)
@@ -184,9 +197,13 @@ def _encoder(recommender: Recommender) -> TextEncoder:
 # --- items and users ---
 
 
-def _of_run(recommender: Recommender, what: What, space: Space, recipe: dict[str, str]) -> _Rows:
+def _of_run(
+    recommender: Recommender, what: What, space: Space, cut: str, recipe: dict[str, str]
+) -> _Rows:
     """The items or users of a run."""
     recipe |= {"what": what, "space": space}
+    if what == "users" and space == "towers":
+        recipe["cut"] = cut  # of the events, where one cut's weights serve all of them
     ids = recommender.catalog.ids[1:] if what == "items" else recommender.users.ids
     if space == "text":
         table = recommender.text[1:] if what == "items" else recommender.profile

@@ -161,6 +161,12 @@ class _Model:
     tried: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _split(config: Config, dataset: Artifact) -> str:
+    """How the data was split when it was prepared, whatever this command's configuration says."""
+    split: str = dataset.config.get("data", {}).get("split", config.data.split)
+    return split
+
+
 class _Evaluation:
     """One evaluation at work."""
 
@@ -168,7 +174,7 @@ class _Evaluation:
         self.config, self.dataset, self.parents = config, dataset, parents
         self.settings = config.evaluate
         self.ks = sorted(set(self.settings.k))
-        self.cold_items = config.data.split == "item_cold"
+        self.cold_items = _split(config, parents["dataset"]) == "item_cold"
         # Cold items are measured at a k of their own, whatever the others are.
         self.depth = max([*self.ks, COLD_K] if self.cold_items else self.ks)
         self.history = dataset.interactions.part(TRAIN, VALID)

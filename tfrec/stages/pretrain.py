@@ -39,10 +39,14 @@ from tfrec.models.text_pretraining import (
     TextBatches,
     TextPretrainer,
 )
+from tfrec.models.weights import folder_digest
 from tfrec.tracking import callbacks
 from tfrec.training import Progress, Trainer, discard, disk_errors
 
 FOLDER = "pretrain"
+
+UNTOLD = {"checkpoint_minutes", "validate_every", "patience"}
+"""Settings that the result does not depend on: nothing is validated here."""
 
 
 def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
@@ -61,7 +65,7 @@ def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
 
     Raises:
       ArtifactError: the dataset is missing or damaged.
-      ConfigError: no objective has a weight.
+      ConfigError: no objective has a weight, or nobody is left to learn from.
       InputError: the data cannot support an objective.
       TrainingDivergedError: the loss became NaN.
     """
@@ -91,13 +95,22 @@ def _recipe(config: Config) -> dict[str, Any]:
     adapt = config.adapt
     return {
         "seed": config.seed,
-        "pretrain": config.pretrain.model_dump(mode="json"),
+        "pretrain": config.pretrain.model_dump(mode="json", exclude=UNTOLD),
         "sizes": sizes_of(adapt.retrieval) | {"history": adapt.retrieval.history},
         "items": {
             name: getattr(adapt.retrieval, name)
-            for name in ("item_ids", "id_dropout", "dropout", "loss", "uniform_negatives")
+            for name in (
+                "item_ids",
+                "id_dropout",
+                "text_dropout",
+                "dropout",
+                "loss",
+                "temperature",
+                "uniform_negatives",
+            )
         },
         "text": {"text": adapt.text, "text_length": adapt.text_length},
+        "text_digest": folder_digest(adapt.text),
         "users": adapt.users if config.pretrain.users == "others" else 1.0,
     }
 
@@ -128,7 +141,12 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
         raise ConfigError("pretrain.objectives gives no objective a weight; there is nothing to do")
     config, dataset = job.config, job.dataset
     train = cut_of(dataset.interactions, "select")
-    if config.pretrain.users == "others" and config.adapt.users < 1:
+    if config.pretrain.users == "others":
+        if config.adapt.users == 1:
+            raise ConfigError(
+                "pretrain.users = 'others' reads the users that adapt.users leaves out, and "
+                "adapt.users is 1; set it below 1"
+            )
         own = labelled(len(dataset.users), config.adapt.users, config.seed)
         train = train.select(~own[train.user])
     if len(train) == 0:
@@ -170,10 +188,10 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
     if trained:
         last = history["texts"][-1]
         losses |= {f"text_{name}": last[name] for name in trained}
-    named.save(folder / WEIGHTS, contents(model))
+    named.save(folder / WEIGHTS, contents(model, job.objectives))
     card = EncoderCard(
         sizes=sizes_of(config.adapt.retrieval),
-        text=text_of(encoder, config.adapt.text, bool(trained)) if text.shape[1] else {},
+        text=text_of(encoder, config.adapt.text, bool(trained)),
         coding=coding,
         features=dataset.catalog.schema.names,
         user_features=dataset.users.schema.names,
@@ -236,13 +254,19 @@ def _train_text(
         pairs["contrastive"] = (NeighbouringEvents(train, told, place), texts, texts)
     if "text_history" in objectives:
         user, stop = _stops(train, given.history_texts, job.config.seed)
-        target = train.item[train.offsets[user] + stop]
-        kept = np.isin(target, told)
+        event = train.offsets[user] + stop
+        target = train.item[event]
+        kept = np.isin(target, told) & (train.weight[event] > 0)
+        if not kept.any():
+            raise InputError(
+                "the objective 'text_history' needs an event before another one of an item with a "
+                "text, and there is none; take it out of pretrain.objectives"
+            )
         said = history_texts(train, catalog.titles, user[kept], stop[kept])
         histories = encoder.tokenize(said, role="query")
         pairs["text_history"] = (KnownPairs(place[target[kept]]), histories, texts)
     mask_token = encoder.tokenizer.mask_token
-    if mask_token is None:
+    if mask_token is None and "mlm" in objectives:
         raise InputError(f"the vocabulary of '{job.config.adapt.text}' has no token for `mlm`")
     with job.placement.strategy.scope():
         model = TextPretrainer(encoder, config, tuple(pairs))
@@ -252,7 +276,7 @@ def _train_text(
         objectives,
         pairs,
         encoder.tokenizer.vocabulary_size,
-        mask_token,
+        mask_token or 0,
         encoder.tokenizer.special_tokens,
         job.config.seed,
         replicas=job.placement.replicas,
@@ -281,18 +305,20 @@ def _train_towers(
     known = np.bincount(rows.histories.item, minlength=len(job.dataset.catalog)) > 0
     known[0] = False
     model.learn_from(known)
-    sampled = None
+    sampled, rows_known = None, np.flatnonzero(known).astype(np.int32)
     if not model.full_softmax:
         retrieval = job.config.adapt.retrieval
         sampled = SampledItems(
             retrieval.positions,
             retrieval.uniform_negatives,
             job.dataset.catalog.num_items,
-            known=np.flatnonzero(known).astype(np.int32),
+            known=rows_known,
         )
     steps = config.epochs * max(len(rows.epoch(0)["item"]) // size, 1)
     with job.placement.strategy.scope():
-        pretrainer = Pretrainer(model, config, anneal=max(steps // 2, 1), text_history=told)
+        pretrainer = Pretrainer(
+            model, config, anneal=max(steps // 2, 1), text_history=told, known=rows_known
+        )
     batches = TrainingBatches(
         rows,
         size,
@@ -318,9 +344,11 @@ def _told(job: _Job, encoder: TextEncoder, train: Interactions) -> TextHistory:
     user, stop = _stops(train, config.history_texts, job.config.seed)
     counts = np.bincount(user, minlength=train.num_users)
     texts = history_texts(train, job.dataset.catalog.titles, user, stop)
+    event = train.offsets[user] + stop
     return TextHistory(
         encoder.encode_cached(texts, role="query", progress=True),
-        train.item[train.offsets[user] + stop],
+        train.item[event],
+        train.weight[event],
         np.concatenate([[0], np.cumsum(counts)]),
     )
 
