@@ -6,6 +6,7 @@ from toys import make_batches
 
 from tfrec.errors import ConfigError, InputError
 from tfrec.models.batches import SampledItems
+from tfrec.models.objectives import Masked
 
 ITEMS = 12
 
@@ -137,8 +138,14 @@ def rows_of(part, name):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_share_the_parts(workers):
-    batches = make_batches(replicas=4)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sampled": sampled(negatives=8)},
+     {"sampled": sampled(negatives=8), "objectives": {"masked": Masked()}}],
+    ids=["full", "sampled", "objectives"],
+)  # fmt: skip
+def test_workers_share_the_parts(workers, settings):
+    batches = make_batches(replicas=4, **settings)
     everything = first(batches, 12)
     share = 4 // workers
     for worker in range(workers):

@@ -146,13 +146,14 @@ class TrainingBatches:
             whole |= objective.arrays(whole, generator)
             sums.append(max(float(whole[f"{name}_weight"].sum()), 1e-6))
         del whole["user"]
-        size = self.batch_size // self.replicas
+        negatives = np.zeros(0, np.int32)
+        if self.sampled is not None:
+            negatives = self._items(self.sampled, self.sampled.negatives, generator)
+        size, share = self.batch_size // self.replicas, len(negatives) // self.replicas
         for replica in mine:
             part = {name: a[replica * size : (replica + 1) * size] for name, a in whole.items()}
             if self.sampled is not None:
-                count = self.sampled.negatives // self.replicas
-                drawn = self._items(self.sampled, count, generator)
-                _add_items(part, drawn, self.sampled)
+                _add_items(part, negatives[replica * share :][:share], self.sampled)
                 part["shift"] = _shift(part, self.sampled)
                 del part["negatives"], part["target_id"]
             part["denominators"] = np.array(sums, np.float32)
