@@ -119,7 +119,6 @@ def run(
     parents = {"dataset": Artifact.load(inputs / "prepare", "dataset")}
     if task == "retrieval" and config.adapt.encoder:
         parents["encoder"] = Artifact.load(config.adapt.encoder_folder(inputs), ENCODER)
-        _check_what_it_saw(parents["encoder"], parents["dataset"], config.adapt.encoder)
     if task == "ranking":
         parents["retrieval"] = Artifact.load(inputs / "adapt" / "retrieval", "retrieval")
     recipe = _recipe(config, task)
@@ -127,28 +126,30 @@ def run(
     found = None if force else current(folder, kind=task, config=recipe, parents=parents)
     if found is not None:
         return found
+    dataset = Dataset.load(parents["dataset"])
+    if "encoder" in parents:
+        _check_what_it_saw(parents["encoder"], parents["dataset"], dataset, config.adapt.encoder)
     placement = place(config.adapt.distribution)
     digest = recipe_digest(task, recipe, parents)
     work = folder.with_name(f".{task}.work") / digest[:16]
     if force and placement.chief:
         discard(work)
-    dataset = Dataset.load(parents["dataset"])
     job = _Job(config, out, work, dataset, parents, placement, watching)
     _publish(job, folder, task, recipe)
     return Artifact.peek(folder, task)
 
 
-def _check_what_it_saw(encoder: Artifact, dataset: Artifact, given: str) -> None:
+def _check_what_it_saw(encoder: Artifact, prepared: Artifact, dataset: Dataset, given: str) -> None:
     """An encoder of the same items and another split may have learned from held-out events."""
-    if encoder.parents.get("dataset") == dataset.digest:
+    if encoder.parents.get("dataset") == prepared.digest:
         return
     if given == "pretrain":
         raise ArtifactError(
-            f"{encoder.path} was not made from {dataset.path} as it is now, and may have seen what "
+            f"{encoder.path} was not made from {prepared.path} as it is now and may have seen what "
             "is held out; run `tfrec pretrain` again"
         )
-    catalog = PretrainedEncoder.load(encoder).card
-    if catalog.catalog == Dataset.load(dataset).catalog.digest(catalog.num_rows):
+    card = PretrainedEncoder.load(encoder).card
+    if card.catalog == dataset.catalog.digest(card.num_rows):
         print(
             f"tfrec: {given} was pretrained on these items but not on this split of their events; "
             "if it has seen what is held out here, what is measured here is too good",
