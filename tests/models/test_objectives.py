@@ -28,6 +28,7 @@ from tfrec.models.retrieval import TwoTower
 from tfrec.training import Trainer
 
 ITEMS = 12
+EVERY_ITEM = np.arange(1, ITEMS + 1, dtype=np.int32)
 ALL = {"masked": 1.0, "denoising": 0.5, "vae": 0.2, "next_item": 1.0, "contrastive": 0.1}
 
 
@@ -129,7 +130,7 @@ class TestMasked:
 
 class TestDamaged:
     def test_events_keep_their_segment_and_what_belongs_to_them(self, rows, generator):
-        copy = damaged(rows, generator, None, 0.0, 0.0, 3.0)
+        copy = damaged(rows, generator, EVERY_ITEM, 0.0, 0.0, 3.0)
         np.testing.assert_array_equal(copy["segment"], rows["segment"])
         assert (copy["item"] != rows["item"]).any()
         for row in range(len(rows["item"])):
@@ -144,7 +145,7 @@ class TestDamaged:
 
     def test_an_event_moves_no_further_than_asked(self, generator):
         rows = make_packed([8] * 4, items=200).epoch(0)
-        copy = damaged(rows, generator, None, 0.0, 0.0, 2.0)
+        copy = damaged(rows, generator, np.arange(1, 201, dtype=np.int32), 0.0, 0.0, 2.0)
         for before, after in zip(rows["item"], copy["item"], strict=True):
             for place_, item in enumerate(before):
                 if item and (before == item).sum() == 1:
@@ -251,8 +252,8 @@ def test_half_precision_learns_nearly_as_float32_does(tmp_path, precision):
     finally:
         set_precision("float32")
     assert {v.dtype for v in model.trainable_variables} == {tf.float32}
-    for name, most in {"loss": 0.1, **dict.fromkeys(ALL, 0.25)}.items():
-        assert half.history[-1][name] == pytest.approx(exact.history[-1][name], rel=most)
+    for name in ALL:
+        assert half.history[-1][name] == pytest.approx(exact.history[-1][name], rel=0.1)
 
 
 def test_sampled_candidates_stand_for_the_catalog(tmp_path):
@@ -278,7 +279,7 @@ def test_divergence_of_a_standard_normal_is_nothing(precision):
 
 def test_contrast_is_lost_without_a_second_event(generator):
     rows = make_packed([1, 1, 1]).epoch(0)
-    assert Contrastive().arrays(rows, generator)["contrastive_weight"].sum() == 0
+    assert Contrastive(EVERY_ITEM).arrays(rows, generator)["contrastive_weight"].sum() == 0
 
 
 def test_next_item_is_the_loss_of_the_two_tower(tmp_path):
@@ -293,7 +294,7 @@ def test_next_item_is_the_loss_of_the_two_tower(tmp_path):
 
 
 def test_denoising_reads_the_damaged_copy_and_tells_the_whole(rows, generator):
-    found = Denoising(np.arange(1, ITEMS + 1, dtype=np.int32), delete=0.5).arrays(rows, generator)
+    found = Denoising(EVERY_ITEM, delete=0.5).arrays(rows, generator)
     assert (found["denoising_segment"] == 0).sum() > (rows["segment"] == 0).sum()
     per_segment = found["denoising_weight"].sum()
     assert 0 < per_segment < rows["weight"].sum()

@@ -177,11 +177,13 @@ class Contrastive:
     arXiv:1807.03748).
 
     Attributes:
+      items: int32, rows of the catalog.
       temperature: Divides the similarities.
       delete: Share of events left out of a copy.
       shuffle: Events move at most about so many places.
     """
 
+    items: NDArray[np.int32]
     temperature: float = 0.1
     delete: float = 0.4
     shuffle: float = 3.0
@@ -191,7 +193,7 @@ class Contrastive:
         """int32 (rows, length) of both copies; float32 (rows, MAX_SEGMENTS) weights."""
         out: Arrays = {}
         for view in ("contrastive_a_", "contrastive_b_"):
-            copy = damaged(rows, generator, None, self.delete, 0.0, self.shuffle)
+            copy = damaged(rows, generator, self.items, self.delete, 0.0, self.shuffle)
             out |= {view + name: values for name, values in copy.items()}
         out["contrastive_weight"] = (events_of_segments(rows) > 1).astype(np.float32)
         return out
@@ -383,7 +385,7 @@ class Variational(tf_keras.layers.Layer):
 def damaged(
     rows: Arrays,
     generator: np.random.Generator,
-    items: NDArray[np.int32] | None,
+    items: NDArray[np.int32],
     delete: float,
     replace: float,
     shuffle: float,
@@ -393,7 +395,7 @@ def damaged(
     Args:
       rows: Of :meth:`PackedSequences.epoch <tfrec.data.sequences.PackedSequences.epoch>`.
       generator: Decides.
-      items: int32, rows of the catalog, of which the replacing ones are drawn; None: none are.
+      items: int32, rows of the catalog, of which the replacing ones are drawn.
       delete: Share of events left out: their places get segment 0. Start tokens stay.
       replace: Share of events replaced by another item.
       shuffle: An event moves at most about so many places, within its segment.
@@ -412,10 +414,9 @@ def damaged(
         for name in ("item", "event", "rating", "gap")
     }
     event = out["item"] > 0
-    if items is not None:
-        replaced = event & (generator.random(shape) < replace)
-        drawn = items[generator.integers(0, len(items), shape)]
-        out["item"] = np.where(replaced, drawn, out["item"])
+    replaced = event & (generator.random(shape) < replace)
+    drawn = items[generator.integers(0, len(items), shape, dtype=np.int32)]
+    out["item"] = np.where(replaced, drawn, out["item"])
     gone = event & (generator.random(shape) < delete)
     out["segment"] = np.where(gone, 0, rows["segment"]).astype(np.int32)
     return out

@@ -59,7 +59,7 @@ class Pretrainer(TaskModel):
             "masked": Masked(config.mask_rate),
             "denoising": Denoising(known),
             "next_item": NextItem(),
-            "contrastive": Contrastive(),
+            "contrastive": Contrastive(known),
             "co_occurrence": CoOccurrence(),
             "vae": Variational(width, config.latent, most=config.divergence, anneal=anneal),
         }
