@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_bert import write_tiny_bert
 
-from tfrec.artifact import Artifact
+from tfrec.artifact import Artifact, file_digest
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import named
 from tfrec.models.encoder import PretrainedEncoder
 from tfrec.models.engine import load_recommender
+from tfrec.models.weights import KNOWN, Known
 from tfrec.stages import adapt, encode, merge, prepare, pretrain
 
 pytestmark = pytest.mark.slow
@@ -294,6 +295,26 @@ class TestTheText:
             for one in (before, after)
         ]
         np.testing.assert_allclose(*asked, atol=1e-5)
+
+    def test_a_bert_known_by_its_digest_may_be_pretrained_further(
+        self, folder, finished, tmp_path, monkeypatch
+    ):
+        (tmp_path / "prepare").symlink_to(finished / "prepare")
+        monkeypatch.setenv("TFREC_CACHE", str(tmp_path / "cache"))
+        digest = file_digest(folder / "bert" / "model.safetensors")
+        monkeypatch.setitem(KNOWN, "tiny", Known("a test's", {"model.safetensors": digest}, ()))
+        shutil.copytree(folder / "bert", tmp_path / "cache" / "weights" / "tiny")
+        named = ("adapt.text=tiny", "pretrain.text_epochs=1", "adapt.encoder=pretrain")
+        asked = config(folder, *named, objectives="{mlm = 1.0}")
+        made = pretrain.run(asked, tmp_path)
+        assert file_digest(made.path / "text" / "model.safetensors") != digest
+        adapt.run(asked, tmp_path, "retrieval")
+        words = ["the war of space ship"]
+        np.testing.assert_allclose(
+            load_recommender(tmp_path, "select").engine.encode_text(words),
+            PretrainedEncoder.load(made.path).text_encoder().encode(words, role="passage"),
+            atol=1e-6,
+        )
 
     def test_words_alone(self, folder, finished, tmp_path):
         (tmp_path / "prepare").symlink_to(finished / "prepare")

@@ -133,7 +133,7 @@ class PretrainedEncoder:
         told = self.card.text
         if not told:
             raise InputError(f"the encoder {self.path} reads no texts: it was pretrained without")
-        found = TextEncoder.load(told["name"], length=told["length"], folder=self.text_folder)
+        found = TextEncoder.load(self.text_folder or told["name"], length=told["length"])
         if found.digest() != told["digest"]:
             raise ArtifactError(
                 f"the encoder {self.path} was pretrained with a BERT of digest "

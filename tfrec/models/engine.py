@@ -224,7 +224,7 @@ def load_text(artifact: Artifact, cut: str) -> TextEncoder:
         if f"{place}/config.json" in artifact.files:
             return TextEncoder.load(artifact.path / place, length=config.text_length)
     folder = _base(artifact).text_folder if KIND in artifact.parents else ""
-    encoder = TextEncoder.load(config.text, length=config.text_length, folder=folder)
+    encoder = TextEncoder.load(folder or config.text, length=config.text_length)
     found = encoder.digest()
     if card.text_digest and found != card.text_digest:
         raise ArtifactError(

@@ -31,9 +31,8 @@ def text_encoder(
     if config.text == "none" or not any((*dataset.catalog.texts, *dataset.users.texts)):
         return None
     return TextEncoder.load(
-        config.text,
+        folder or config.text,
         length=config.text_length,
-        folder=folder,
         trainable=trained,
         dtype=None if trained else "float32",
     )

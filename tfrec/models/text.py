@@ -176,7 +176,6 @@ class TextEncoder(Hosted):
         name: str | os.PathLike[str] = "all-MiniLM-L6-v2",
         *,
         length: int = 256,
-        folder: str | os.PathLike[str] = "",
         trainable: bool = True,
         dtype: str | None = "float32",
     ) -> TextEncoder:
@@ -185,7 +184,6 @@ class TextEncoder(Hosted):
         Args:
           name: A name that :func:`tfrec.models.weights.find` knows, or a folder.
           length: Tokens of a text that are read, special ones included.
-          folder: A folder that already holds the weights called ``name``.
           trainable: Whether training changes the BERT.
           dtype: What the BERT computes in; None: the global policy.
 
@@ -194,7 +192,7 @@ class TextEncoder(Hosted):
           InputError: there is no such BERT, or it is not usable.
           SetupError: the weights cannot be obtained.
         """
-        found = weights.find(name, folder)
+        found = weights.find(name)
         settings = TextSettings.read(found)
         backbone = load_backbone(found, dtype)
         return cls(backbone, TextTokenizer.load(found, length), settings, trainable=trainable)

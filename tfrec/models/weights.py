@@ -125,21 +125,18 @@ def folder_digest(name: str) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
-def find(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
+def find(name: str | os.PathLike[str]) -> Path:
     """Returns a folder with the weights, configuration and tokenizer of a BERT.
 
     Args:
       name: A name of :data:`KNOWN`; a folder; ``owner/model`` on the Hugging Face hub; or a BERT
         preset of keras-nlp.
-      folder: A folder that already holds the weights called ``name``.
 
     Raises:
       InputError: the name is not known, or the folder holds no BERT.
       SetupError: the weights cannot be obtained, or do not have the digests they must have.
     """
     known = KNOWN.get(str(name))
-    if folder:
-        return _verified(_bert(Path(folder).expanduser()), str(name), known)
     if known is not None:
         return _known(str(name), known)
     path = Path(name).expanduser()
