@@ -181,6 +181,34 @@ def query_arrays(
     return out
 
 
+def query_inputs(
+    histories: Histories,
+    length: int,
+    vectors: NDArray[np.float32],
+    profile: NDArray[np.float32],
+    attributes: NDArray[np.float32],
+    request_time: NDArray[np.int64] | None = None,
+) -> Arrays:
+    """Everything that a query tower reads, whatever runs it.
+
+    Args:
+      histories: The users' events; ``item`` are rows of ``vectors``.
+      length: Places of a row.
+      vectors: float32 (catalog rows, d), candidate vectors.
+      profile: float32 (batch, text width).
+      attributes: float32 (batch, attribute width).
+      request_time: See :func:`query_arrays`.
+
+    Returns:
+      What :func:`query_arrays` gives, and float32 ``vectors`` (batch, length, d), ``profile``
+      (batch, 1, text width) and ``attributes`` (batch, 1, attribute width).
+    """
+    out = query_arrays(histories, length, request_time)
+    out["vectors"] = vectors[out["item"]]
+    out["profile"], out["attributes"] = profile[:, None], attributes[:, None]
+    return out
+
+
 def _next_gaps(
     arrays: Arrays,
     histories: Histories,

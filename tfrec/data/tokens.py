@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,14 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from tfrec.errors import ConfigError, InputError
+
+_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+}
+
+Role = Literal["", "query", "passage"]
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
@@ -44,6 +52,108 @@ class Coverage:
     unknown: float
     characters_per_token: float
     cut: int = 0
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a folder's model is used.
+
+    Attributes:
+      pooling: ``mean``, ``cls`` or ``max`` over the tokens.
+      normalize: Whether vectors have length 1.
+      lowercase: Whether texts are lowercased before the tokenizer sees them.
+      prompts: Role -> what is put before a text in that role.
+      activation: Activation of the feed-forward layers, in Hugging Face's words; empty: as loaded.
+    """
+
+    pooling: str = "mean"
+    normalize: bool = True
+    lowercase: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "gelu"
+
+    @classmethod
+    def read(cls, folder: Path) -> TextSettings:
+        """Reads the files of sentence-transformers; without them: mean pooling, length 1.
+
+        Raises:
+          InputError: the folder wants something that is not built here.
+        """
+        modules = read_json(folder / "modules.json").get("items", [])
+        kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+        if unknown:
+            raise InputError(
+                f"{folder} has a module {', '.join(sorted(unknown))} after the BERT; "
+                "only Pooling and Normalize are supported"
+            )
+        said = read_json(folder / "config_sentence_transformers.json")
+        return cls(
+            pooling=_pooling(folder),
+            normalize="Normalize" in kinds or not kinds,
+            lowercase=bool(read_json(folder / "sentence_bert_config.json").get("do_lower_case")),
+            prompts={role: text for role, text in (said.get("prompts") or {}).items() if text},
+            activation=str(read_json(folder / "config.json").get("hidden_act", "")),
+        )
+
+    def write(self, folder: Path, width: int, length: int) -> None:
+        """Writes the files that :meth:`read` and sentence-transformers read."""
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalize else [])]
+        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+        files: dict[str, Any] = {
+            "modules.json": [
+                {
+                    "idx": number,
+                    "name": str(number),
+                    "path": paths[kind],
+                    "type": f"sentence_transformers.models.{kind}",
+                }
+                for number, kind in enumerate(kinds)
+            ],
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": width,
+                **{name: mode == self.pooling for name, mode in _MODES.items()},
+            },
+            "sentence_bert_config.json": {
+                "max_seq_length": length,
+                "do_lower_case": self.lowercase,
+            },
+            "config_sentence_transformers.json": {"prompts": dict(self.prompts)},
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": length,
+            },
+        }
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content, indent=1), "utf-8")
+
+    def prompt(self, role: Role) -> str:
+        """What is put before a text in this role."""
+        other = self.prompts.get("document", "") if role == "passage" else ""
+        return self.prompts.get(role, other)
+
+    def prepared(self, texts: Iterable[str], role: Role) -> list[str]:
+        """The texts as the tokenizer gets them."""
+        prompt = self.prompt(role)
+        texts = [prompt + text for text in texts] if prompt else list(texts)
+        return [text.lower() for text in texts] if self.lowercase else texts
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file.
+
+    Raises:
+      InputError: the file is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is damaged: it is not valid JSON") from None
+    return value if isinstance(value, dict) else {"items": value}
 
 
 class TextTokenizer:
@@ -196,7 +306,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _read(folder: Path) -> Tokenizer:
     preset = folder / "assets" / "tokenizer" / "vocabulary.txt"
     if preset.is_file():
-        settings = _json(folder / "tokenizer.json").get("config", {})
+        settings = read_json(folder / "tokenizer.json").get("config", {})
         lowercase = settings.get("lowercase", True)
         return _wordpiece(preset, lowercase, settings.get("strip_accents", lowercase))
     if (folder / "tokenizer.json").is_file():
@@ -205,7 +315,7 @@ def _read(folder: Path) -> Tokenizer:
             return Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more special
             raise ValueError(error) from None
-    settings = _json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     return _wordpiece(
         folder / "vocab.txt",
         settings.get("do_lower_case", True),
@@ -228,6 +338,15 @@ def _wordpiece(
     return Tokenizer.from_str(made.to_str())
 
 
-def _json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+def _pooling(folder: Path) -> str:
+    said = read_json(folder / "1_Pooling" / "config.json")
+    modes = said.get("pooling_mode") or [
+        name for name, on in said.items() if name.startswith("pooling_mode_") and on
+    ]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    found = [_MODES.get(mode, mode) for mode in modes] or ["mean"]
+    if len(found) > 1 or found[0] not in _MODES.values():
+        raise InputError(
+            f"{folder} pools by {' and '.join(found)}; only one of mean, cls and max is supported"
+        )
+    return str(found[0])

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tfrec.data.tokens import read_json
 from tfrec.errors import InputError
 from tfrec.models.keras_bridge import keras3, keras_hub
-from tfrec.models.weights import read_json
 
 
 def load_backbone(folder: Path, dtype: str | None = "float32") -> Any:
@@ -67,7 +67,7 @@ def save_backbone(backbone: Any, folder: Path, activation: str = "gelu") -> None
     """
     from safetensors.numpy import save_file
 
-    save_file(_tensors(backbone), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors(backbone), str(folder / "model.safetensors"), metadata={"format": "pt"})
     config = {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -163,7 +163,7 @@ def _with_pooler(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _tensors(backbone: Any) -> dict[str, NDArray[np.float32]]:
+def tensors(backbone: Any) -> dict[str, NDArray[np.float32]]:
     """The weights under Hugging Face's names and in its shapes."""
     embedding = "embeddings.{}_embeddings.weight"
     out = {

@@ -30,6 +30,8 @@ _LOADED_WHEN_ASKED_FOR = {
     "tfrs": "tensorflow_recommenders",
     "keras3": "keras",
     "keras_hub": "keras_hub",
+    # TensorFlow has no public way to make variables into constants.
+    "freezing": "tensorflow.python.framework.convert_to_constants",
 }
 
 

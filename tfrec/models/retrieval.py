@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.config import RetrievalConfig
-from tfrec.data.sequences import EventCoding, Histories, query_arrays
+from tfrec.data.sequences import EventCoding, Histories, query_arrays, query_inputs
 from tfrec.errors import ConfigError
 from tfrec.models.keras_bridge import full_precision, tf, tfrs
 from tfrec.models.losses import across_replicas, full_softmax_loss
@@ -188,7 +188,7 @@ class TwoTower(TaskModel):
 
     def _touch(self) -> None:
         """Builds every weight, so that checkpoints and optimizers know them all."""
-        arrays = query_arrays(_no_history(), self.config.history)
+        arrays = query_arrays(no_history(), self.config.history)
         batch = {name: tf.constant(values) for name, values in arrays.items()}
         if self.encoder is not None:
             self.encoder(tf.zeros([1, 4], tf.int32), tf.ones([1, 4], tf.int32))
@@ -275,10 +275,14 @@ class TwoTower(TaskModel):
             size = min(batch_size, 1 << (len(index) - 1).bit_length())
             padded = np.concatenate([index, np.repeat(index[-1:], size - len(index))])
             times = None if request_time is None else request_time[padded]
-            arrays = query_arrays(histories.take(padded), self.config.history, times)
-            arrays["vectors"] = vectors[arrays["item"]]
-            arrays["profile"] = profile[padded][:, None]
-            arrays["attributes"] = attributes[padded][:, None]
+            arrays = query_inputs(
+                histories.take(padded),
+                self.config.history,
+                vectors,
+                profile[padded],
+                attributes[padded],
+                times,
+            )
             batch = {name: tf.constant(values) for name, values in arrays.items()}
             out[index] = self._encode_queries(batch).numpy()[: len(index)]
         return out
@@ -310,6 +314,7 @@ def _joined(positives: Any, negatives: Any) -> Any:
     return across_replicas(tf.cast(own, tf.float32) if own.dtype.is_floating else own)
 
 
-def _no_history() -> Histories:
+def no_history() -> Histories:
+    """The history of one user who has none."""
     empty = np.zeros(0, np.int32)
     return Histories(np.zeros(2, np.int64), empty, empty, empty, np.zeros(0, np.int64))

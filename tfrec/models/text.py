@@ -8,117 +8,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tfrec.data.sources import cache_folder
-from tfrec.data.tokens import TextTokenizer, padded
+from tfrec.data.tokens import Role, TextSettings, TextTokenizer, padded
 from tfrec.errors import ConfigError, InputError
 from tfrec.models import weights
 from tfrec.models.bert import load_backbone, save_backbone
 from tfrec.models.keras_bridge import Hosted, tf
 from tfrec.models.text_cache import TextCache
 
-Role = Literal["", "query", "passage"]
-
 _WINDOW = 8192  # texts tokenised together: a bound on memory
 _KEPT = 2048  # texts that the cache takes in at once: what an interrupt costs at most
-_MODES = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-}
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How a folder's model is used.
-
-    Attributes:
-      pooling: ``mean``, ``cls`` or ``max`` over the tokens.
-      normalize: Whether vectors have length 1.
-      lowercase: Whether texts are lowercased before the tokenizer sees them.
-      prompts: Role -> what is put before a text in that role.
-      activation: Activation of the feed-forward layers, in Hugging Face's words; empty: as loaded.
-    """
-
-    pooling: str = "mean"
-    normalize: bool = True
-    lowercase: bool = False
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    activation: str = "gelu"
-
-    @classmethod
-    def read(cls, folder: Path) -> TextSettings:
-        """Reads the files of sentence-transformers; without them: mean pooling, length 1.
-
-        Raises:
-          InputError: the folder wants something that is not built here.
-        """
-        modules = weights.read_json(folder / "modules.json").get("items", [])
-        kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-        if unknown:
-            raise InputError(
-                f"{folder} has a module {', '.join(sorted(unknown))} after the BERT; "
-                "only Pooling and Normalize are supported"
-            )
-        said = weights.read_json(folder / "config_sentence_transformers.json")
-        return cls(
-            pooling=_pooling(folder),
-            normalize="Normalize" in kinds or not kinds,
-            lowercase=bool(
-                weights.read_json(folder / "sentence_bert_config.json").get("do_lower_case")
-            ),
-            prompts={role: text for role, text in (said.get("prompts") or {}).items() if text},
-            activation=str(weights.read_json(folder / "config.json").get("hidden_act", "")),
-        )
-
-    def write(self, folder: Path, width: int, length: int) -> None:
-        """Writes the files that :meth:`read` and sentence-transformers read."""
-        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalize else [])]
-        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-        files: dict[str, Any] = {
-            "modules.json": [
-                {
-                    "idx": number,
-                    "name": str(number),
-                    "path": paths[kind],
-                    "type": f"sentence_transformers.models.{kind}",
-                }
-                for number, kind in enumerate(kinds)
-            ],
-            "1_Pooling/config.json": {
-                "word_embedding_dimension": width,
-                **{name: mode == self.pooling for name, mode in _MODES.items()},
-            },
-            "sentence_bert_config.json": {
-                "max_seq_length": length,
-                "do_lower_case": self.lowercase,
-            },
-            "config_sentence_transformers.json": {"prompts": dict(self.prompts)},
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": length,
-            },
-        }
-        for name, content in files.items():
-            path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(content, indent=1), "utf-8")
-
-    def prompt(self, role: Role) -> str:
-        """What is put before a text in this role."""
-        other = self.prompts.get("document", "") if role == "passage" else ""
-        return self.prompts.get(role, other)
 
 
 class TextEncoder(Hosted):
@@ -234,7 +142,7 @@ class TextEncoder(Hosted):
         Returns:
           Token ids and padding mask, int32 (n, L), padded to the bucket of the longest text.
         """
-        return self.tokenizer.tokenize(self._prepared(texts, role))
+        return self.tokenizer.tokenize(self.settings.prepared(texts, role))
 
     def encode(
         self,
@@ -259,7 +167,7 @@ class TextEncoder(Hosted):
         """
         place: dict[str, int] = {}
         index = np.fromiter((place.setdefault(t, len(place)) for t in texts), np.int64, len(texts))
-        distinct = self._prepared(place, role)
+        distinct = self.settings.prepared(place, role)
         order = _long_first(distinct)
         out = np.empty((len(distinct), self.width), np.float32)
         with _bar(len(distinct), progress) as bar:
@@ -331,11 +239,6 @@ class TextEncoder(Hosted):
             return self.digest()
         return hashlib.sha256(f"{self.digest()} {computes}".encode()).hexdigest()
 
-    def _prepared(self, texts: Iterable[str], role: Role) -> list[str]:
-        prompt = self.settings.prompt(role)
-        texts = [prompt + text for text in texts] if prompt else list(texts)
-        return [text.lower() for text in texts] if self.settings.lowercase else texts
-
     def hidden(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
         """Every token encoded, before pooling: float32 (batch, tokens, width), as :meth:`call`."""
         token_ids = tf.convert_to_tensor(token_ids)
@@ -348,20 +251,6 @@ class TextEncoder(Hosted):
         hidden = self.hidden(token_ids, padding_mask, training)
         vectors = _pool(hidden, padding_mask, self.settings.pooling)
         return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
-
-
-def _pooling(folder: Path) -> str:
-    said = weights.read_json(folder / "1_Pooling" / "config.json")
-    modes = said.get("pooling_mode") or [
-        name for name, on in said.items() if name.startswith("pooling_mode_") and on
-    ]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    found = [_MODES.get(mode, mode) for mode in modes] or ["mean"]
-    if len(found) > 1 or found[0] not in _MODES.values():
-        raise InputError(
-            f"{folder} pools by {' and '.join(found)}; only one of mean, cls and max is supported"
-        )
-    return str(found[0])
 
 
 def _pool(hidden: Any, padding_mask: Any, mode: str) -> Any:

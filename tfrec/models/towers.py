@@ -97,17 +97,10 @@ class CandidateTower(tf_keras.layers.Layer):
         Returns:
           float (n, embedding_dim).
         """
-        count = tf.shape(text)[0]
-        vector = tf.zeros([count, self.width], self.compute_dtype)
-        if text.shape[-1]:
-            text = self.text_dropout(text, training=training)
-            vector += self.text(text)
-            if self.text_hidden is not None:
-                vector += self.text_out(self.text_hidden(text))
-        if attributes.shape[-1]:
-            vector += self.attributes(attributes)
+        vector = self.without_ids(text, attributes, training)
         if self.ids is None:
             return vector
+        count = tf.shape(text)[0]
         table = tf.cast(self.ids, self.compute_dtype)
         known = tf.range(count) if rows is None else rows
         ids = table if rows is None else tf.gather(table, rows)
@@ -115,6 +108,18 @@ class CandidateTower(tf_keras.layers.Layer):
         if training and self.id_dropout:
             keep = tf.logical_and(keep, keep_mask([count], self.id_dropout))
         return vector + ids * tf.cast(keep, ids.dtype)[:, None]
+
+    def without_ids(self, text: Any, attributes: Any, training: bool | None = None) -> Any:
+        """What text and attributes alone tell, as :meth:`call` reads them."""
+        vector = tf.zeros([tf.shape(text)[0], self.width], self.compute_dtype)
+        if text.shape[-1]:
+            text = self.text_dropout(text, training=training)
+            vector += self.text(text)
+            if self.text_hidden is not None:
+                vector += self.text_out(self.text_hidden(text))
+        if attributes.shape[-1]:
+            vector += self.attributes(attributes)
+        return vector
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -161,13 +161,13 @@ def _text_moving(layer: Any, number: int, config: TuningConfig) -> list[Any]:
         added = []
         for part in ("self_attention", "feedforward"):
             inner = getattr(layer, f"_{part}_dropout")
-            adapter = _TextAdapter(inner, config.bottleneck, f"{name}_{part}_adapter")
+            adapter = TextAdapter(inner, config.bottleneck, f"{name}_{part}_adapter")
             adapter.build((None, None, layer._feedforward_output_dense.bias.shape[0]))
             _attach(layer, f"_{part}_dropout", adapter)
             added += [*adapter.down.variables, *adapter.up.variables]
         return added
     if config.text == "prompt":
-        prefix = _TextPrefix(attention, config.prompts, f"{name}_prefix")
+        prefix = TextPrefix(attention, config.prompts, f"{name}_prefix")
         _attach(attention, "_prefix", prefix)
         _add_to_attention(attention, prefix)
         return list(prefix.variables)
@@ -190,7 +190,7 @@ def _moves(path: str, method: str) -> bool:
     return method == "full" or (method == "bitfit" and path.endswith(("/bias", "/beta")))
 
 
-class _TextAdapter(keras3.layers.Layer):
+class TextAdapter(keras3.layers.Layer):
     """Dropout, then a bottleneck with a residual connection."""
 
     def __init__(self, dropout: Any, bottleneck: int, name: str) -> None:
@@ -198,6 +198,7 @@ class _TextAdapter(keras3.layers.Layer):
         self.dropout, self.bottleneck = dropout, bottleneck
 
     def build(self, shape: Any) -> None:
+        """Makes the two Dense layers."""
         policy = {"dtype": self.dtype_policy}
         self.down = keras3.layers.Dense(self.bottleneck, "gelu", name="down", **policy)
         self.up = keras3.layers.Dense(
@@ -207,11 +208,12 @@ class _TextAdapter(keras3.layers.Layer):
         self.up.build((*shape[:-1], self.bottleneck))
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Same shape as ``inputs``."""
         values = self.dropout(inputs, training=training)
         return values + self.up(self.down(values))
 
 
-class _TextPrefix(keras3.layers.Layer):
+class TextPrefix(keras3.layers.Layer):
     """Queries (batch, length, heads, size) -> what attention over learned places adds to them."""
 
     def __init__(self, attention: Any, prompts: int, name: str) -> None:
@@ -225,6 +227,7 @@ class _TextPrefix(keras3.layers.Layer):
         self.built = True
 
     def call(self, query: Any) -> Any:
+        """The shape of ``query``."""
         scores = tf.einsum("blhd,phd->bhlp", query, tf.cast(self.keys, query.dtype)) * self.scale
         weights = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), query.dtype)
         return tf.einsum("bhlp,phd->blhd", weights, tf.cast(self.values, query.dtype))

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -25,12 +24,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tfrec.artifact import file_digest
 from tfrec.data.sources import cache_folder
+from tfrec.data.tokens import read_json
 from tfrec.errors import InputError, SetupError
 from tfrec.models import e5
 
@@ -210,21 +209,6 @@ def _bert(folder: Path) -> Path:
     if not any((folder / file).is_file() for file in tokenizers):
         raise InputError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.txt")
     return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file.
-
-    Raises:
-      InputError: the file is not JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise InputError(f"{path} is damaged: it is not valid JSON") from None
-    return value if isinstance(value, dict) else {"items": value}
 
 
 def _safe(name: str) -> str:

@@ -1,0 +1,257 @@
+"""Engines without TensorFlow in the process: the models of a bundle, run by LiteRT."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfrec.data.sequences import Histories, query_inputs
+from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, read_json
+from tfrec.errors import ArtifactError, InputError, SetupError
+from tfrec.recommender import Floats, Rows
+
+_TOKENS = 128
+"""Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
+_APART = -1e4
+_QUERIES = 256
+_CELLS = 1 << 20  # numbers that the ranker is given of a batch's candidates at a time
+
+
+class LiteRTModel:
+    """A LiteRT model with arrays by name in and one array out; threads take turns.
+
+    Args:
+      path: The flatbuffer.
+      threads: How many threads compute; 0: as many as there are processors.
+
+    Raises:
+      ArtifactError: the file is damaged.
+      SetupError: LiteRT is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int = 0) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            raise SetupError(
+                "ai-edge-litert is not installed; install it with: pip install ai-edge-litert"
+            ) from None
+        try:
+            # Mapped, so that processes share the weights.
+            self._interpreter = Interpreter(
+                model_path=os.fspath(path), num_threads=threads or os.cpu_count() or 1
+            )
+            inputs = self._interpreter.get_input_details()
+        except (ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{path} is not a LiteRT model: {error}") from None
+        self._place = {
+            detail["name"].removeprefix("serving_default_").partition(":")[0]: detail["index"]
+            for detail in inputs
+        }
+        self._out = self._interpreter.get_output_details()[0]["index"]
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Floats:
+        """float32, what the model makes of the arrays; those that it has no input for are left."""
+        arrays = {name: np.ascontiguousarray(inputs[name]) for name in self._place}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        with self._lock:
+            if shapes != self._shapes:
+                for name, shape in shapes.items():
+                    self._interpreter.resize_tensor_input(self._place[name], shape)
+                self._interpreter.allocate_tensors()
+                self._shapes = shapes
+            for name, array in arrays.items():
+                self._interpreter.set_tensor(self._place[name], array)
+            self._interpreter.invoke()
+            out: Floats = self._interpreter.get_tensor(self._out)
+        return out
+
+
+class TextModel:
+    """Strings -> vectors: a folder's ``model.tflite`` and tokenizer.
+
+    Texts lie one behind another in one row of tokens, which no padding stretches; a mask keeps
+    them apart.
+
+    Args:
+      folder: Also holds the settings in the files of sentence-transformers.
+      threads: See :class:`LiteRTModel`.
+
+    Raises:
+      ArtifactError: the model is damaged.
+      InputError: the tokenizer or the settings cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
+        source = Path(folder)
+        self.settings = TextSettings.read(source)
+        length = read_json(source / "sentence_bert_config.json").get("max_seq_length", 256)
+        self.tokenizer = TextTokenizer.load(source, length)
+        pooling = read_json(source / "1_Pooling" / "config.json")
+        self.width = int(pooling.get("word_embedding_dimension", 0))
+        self._model = LiteRTModel(source / "model.tflite", threads)
+
+    def encode(self, texts: Sequence[str], role: Role = "") -> Floats:
+        """float32 (n, width), in the order of ``texts``; equal texts are read once."""
+        place: dict[str, int] = {}
+        index = [place.setdefault(text, len(place)) for text in texts]
+        rows = list(self.tokenizer.ids(self.settings.prepared(place, role)))
+        found: list[Floats] = [np.zeros(0, np.float32)] * len(rows)
+        for batch in _batches([len(row) for row in rows]):
+            for row, vector in zip(batch, self._vectors([rows[i] for i in batch]), strict=True):
+                found[row] = vector
+        return (
+            np.stack([found[i] for i in index]) if index else np.zeros((0, self.width), np.float32)
+        )
+
+    def _vectors(self, rows: Sequence[Sequence[int]]) -> list[Floats]:
+        lengths = np.array([len(row) for row in rows])
+        text = np.repeat(np.arange(len(rows)), lengths)
+        ends = np.cumsum(lengths)
+        apart = text[:, None] != text[None, :]
+        hidden = self._model(
+            {
+                "token_ids": np.concatenate([np.array(row, np.int32) for row in rows]),
+                "positions": (np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)).astype(
+                    np.int32
+                ),
+                "mask": np.where(apart, np.float32(_APART), np.float32(0)),
+            }
+        )
+        return [self._pooled(part) for part in np.split(hidden, ends[:-1])]
+
+    def _pooled(self, hidden: Floats) -> Floats:
+        pooling = self.settings.pooling
+        if pooling == "cls":
+            vector = hidden[0]
+        else:
+            vector = hidden.max(axis=0) if pooling == "max" else hidden.mean(axis=0)
+        if self.settings.normalize:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        return np.asarray(vector, np.float32)
+
+
+class LiteRTEngine:
+    """The models of a bundle, as :class:`tfrec.recommender.Engine` wants them.
+
+    Args:
+      folder: Holds ``query.tflite``, and ``text/``, ``candidate.tflite`` and ``rank.tflite`` where
+        there are such models.
+      history: Places of a row that the query tower reads.
+      tasks: What the ranker predicts, in its order; empty: there is none.
+      threads: See :class:`LiteRTModel`.
+
+    Raises:
+      ArtifactError: a model is missing or damaged.
+      SetupError: LiteRT is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        history: int,
+        tasks: Sequence[str] = (),
+        threads: int = 0,
+    ) -> None:
+        source = Path(folder)
+        self.history, self.tasks = history, tuple(tasks)
+
+        def model(name: str) -> LiteRTModel | None:
+            path = source / f"{name}.tflite"
+            return LiteRTModel(path, threads) if path.is_file() else None
+
+        query = model("query")
+        if query is None:
+            raise ArtifactError(f"{source} has no query.tflite; export the model again")
+        self._query, self._candidate, self._rank = query, model("candidate"), model("rank")
+        if self.tasks and self._rank is None:
+            raise ArtifactError(f"{source} has no rank.tflite; export the model again")
+        self.text = TextModel(source / "text", threads) if (source / "text").is_dir() else None
+
+    def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
+        """See :class:`tfrec.recommender.Engine`.
+
+        Raises:
+          InputError: the model reads no texts.
+        """
+        return self._text_model().encode(texts, "query" if query else "passage")
+
+    def coverage(self, texts: Sequence[str]) -> Coverage:
+        """See :class:`tfrec.recommender.Engine`.
+
+        Raises:
+          InputError: the model reads no texts.
+        """
+        return self._text_model().tokenizer.coverage(texts)
+
+    def encode_candidate(self, text: Floats, attributes: Floats, rows: Rows) -> Floats:
+        """See :class:`tfrec.recommender.Engine`; every item is taken for new.
+
+        Raises:
+          InputError: an item of the catalog is asked for, whose vector is part of the bundle.
+        """
+        if rows.any():
+            raise InputError("a bundle encodes new items alone: those it knows have their vectors")
+        if self._candidate is None:
+            raise InputError("this model reads neither texts nor attributes: it knows no new items")
+        return self._candidate({"text": text, "attributes": attributes})
+
+    def encode_query(
+        self,
+        histories: Histories,
+        vectors: Floats,
+        profile: Floats,
+        attributes: Floats,
+        request_time: NDArray[np.int64] | None = None,
+    ) -> Floats:
+        """See :class:`tfrec.recommender.Engine`."""
+        found = [np.zeros((0, vectors.shape[1]), np.float32)]
+        for start in range(0, len(histories), _QUERIES):
+            rows = np.arange(start, min(start + _QUERIES, len(histories)))
+            times = None if request_time is None else request_time[rows]
+            arrays = query_inputs(
+                histories.take(rows), self.history, vectors, profile[rows], attributes[rows], times
+            )
+            found.append(self._query(arrays))
+        return np.concatenate(found)
+
+    def rank(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
+        """See :class:`tfrec.recommender.Engine`."""
+        if self._rank is None:
+            return {}
+        users, candidates, width = inputs["candidates"].shape
+        size = max(1, _CELLS // max(candidates * width, 1))
+        found = [
+            self._rank({name: values[i : i + size] for name, values in inputs.items()})
+            for i in range(0, users, size)
+        ]
+        told = np.concatenate([*found, np.zeros((0, candidates, len(self.tasks)), np.float32)])
+        return {task: told[:, :, place] for place, task in enumerate(self.tasks)}
+
+    def _text_model(self) -> TextModel:
+        if self.text is None:
+            raise InputError("this model reads no texts, so words cannot be looked for")
+        return self.text
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of the texts, the longest first, so that as many as fit come together."""
+    order = np.argsort([-length for length in lengths], kind="stable").tolist()
+    batch: list[int] = []
+    tokens = 0
+    for row in order:
+        if batch and tokens + lengths[row] > _TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += lengths[row]
+    if batch:
+        yield batch
