@@ -462,7 +462,7 @@ class TestScore:
     def test_text_of_a_history_fades_with_its_age(self, model):
         policy = Policy(5, 4, {"text": 1.0}, text_decay=0.5)
         recommender = make(model, policy=policy)
-        asked, _ = recommender._asked([Request(history=("i1", "i2", "i3")), Request()])
+        asked, _ = recommender.asked([Request(history=("i1", "i2", "i3")), Request()])
         found = recommender.text_queries(asked, policy)
         text = recommender.text
         mixed = 0.25 * text[1] + 0.5 * text[2] + text[3]
@@ -489,7 +489,7 @@ class TestScore:
     def test_nothing_is_like_a_history_without_text(self, model):
         recommender = make(model, policy=Policy(3, 4, {"retrieval": 1.0, "text": 1.0}))
         recommender.text[9] = 0
-        asked, exclude = recommender._asked([Request(history=("i9",)), Request(history=("i3",))])
+        asked, exclude = recommender.asked([Request(history=("i9",)), Request(history=("i3",))])
         query = recommender.queries(asked)
         found = recommender.candidates(asked, query, 3, exclude)
         assert (found > 0).sum(axis=1)[0] == 3

@@ -18,6 +18,7 @@ _PUBLIC = {
     "TextEncoder": "tfrec.models.text",
     "TwoTower": "tfrec.models.retrieval",
     "Ranker": "tfrec.models.ranking",
+    "Bundle": "tfrec.bundle",
     "Recommender": "tfrec.recommender",
     "Request": "tfrec.recommender",
     "Recommended": "tfrec.recommender",

@@ -89,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     _add_stages(verbs)
     _add_merge(verbs)
+    _add_export(verbs)
+    _add_verify(verbs)
     _add_recommend(verbs)
     _add_encode(verbs)
     _add_data(verbs)
@@ -400,6 +402,82 @@ def _merge(arguments: argparse.Namespace) -> int:
     return _made(merge.run(arguments.source, arguments.to).path)
 
 
+# --- export and verify ---------------------------------------------------------------------------
+
+
+def _add_export(verbs: Verbs) -> None:
+    purpose = "put a finished run into a bundle that any server can run"
+    verb = verbs.add_parser(
+        "export",
+        help=purpose,
+        description="Write a finished run as a new version of a bundle: models that run without "
+        "TensorFlow, the index, the catalog, the known users' histories and golden answers. The "
+        "versions before it stay, and nothing changes until all of the new one is there.",
+        epilog=_examples(
+            ("a run", "tfrec export saved_models/movielens-100k --to bundles/movielens"),
+            ("without anything about users", "tfrec export runs/a --to bundles/a --no-users"),
+        ),
+    )
+    verb.set_defaults(handler=_export)
+    verb.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    verb.add_argument("--to", required=True, type=Path, metavar="BUNDLE", help="the bundle")
+    verb.add_argument(
+        "--users",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the known users and their histories are part of it (yes)",
+    )
+    verb.add_argument(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the text encoder has int8 weights, a quarter of the size (yes)",
+    )
+    verb.add_argument(
+        "--keep", type=_positive, default=3, metavar="N", help="versions that are kept (3)"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tfrec.stages import export
+
+    made = export.run(
+        arguments.folder,
+        arguments.to,
+        users=arguments.users,
+        int8=arguments.int8,
+        keep=arguments.keep,
+    )
+    return _made(made.path)
+
+
+def _add_verify(verbs: Verbs) -> None:
+    purpose = "check a bundle: every byte, and that its models answer as the trained ones did"
+    verb = verbs.add_parser(
+        "verify",
+        help=purpose,
+        description="Check the digest of every file of a bundle, and ask its models the questions "
+        "whose answers by the trained models are stored in it.",
+        epilog=_examples(("the newest version", "tfrec verify bundles/movielens")),
+    )
+    verb.set_defaults(handler=_verify)
+    verb.add_argument("folder", metavar="BUNDLE", type=Path, help="the bundle")
+    verb.add_argument("--version", type=_positive, metavar="N", help="which version (the newest)")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from tfrec.stages import verify
+
+    found = verify.run(arguments.folder, arguments.version)
+    for finding in found:
+        bound = "" if finding.bound is None else f"  (bound {finding.bound:g})"
+        state = "ok  " if finding.ok else "FAIL"
+        print(f"{state}  {finding.model}: {finding.measure} {finding.value:.6f}{bound}")
+    bad = sum(not finding.ok for finding in found)
+    print(f"{len(found) - bad} of {len(found)} hold" if bad else "every digest and answer holds")
+    return BAD_INPUT if bad else DONE
+
+
 # --- recommend -----------------------------------------------------------------------------------
 
 
@@ -431,7 +509,7 @@ def _add_recommend(verbs: Verbs) -> None:
         + "\nCSV has the columns user_id,item_id,rank,score, best first",
     )
     verb.set_defaults(handler=_recommend)
-    verb.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    verb.add_argument("folder", metavar="DIR", type=Path, help="the folder of a run or a bundle")
     who = verb.add_argument_group("for whom")
     who.add_argument("--users", type=Path, metavar="FILE", help="a CSV file with a column user_id")
     who.add_argument(

@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.data.sequences import Histories, query_inputs
+from tfrec.bundle import Bundle, load_rows
+from tfrec.data.dataset import Dataset
+from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, read_json
 from tfrec.errors import ArtifactError, InputError, SetupError
-from tfrec.recommender import Floats, Rows
+from tfrec.index import load_index
+from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
+from tfrec.terminal import quiet
 
 _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
@@ -44,16 +48,15 @@ class LiteRTModel:
             ) from None
         try:
             # Mapped, so that processes share the weights.
-            self._interpreter = Interpreter(
-                model_path=os.fspath(path), num_threads=threads or os.cpu_count() or 1
-            )
+            with quiet():
+                self._interpreter = Interpreter(
+                    model_path=os.fspath(path), num_threads=threads or os.cpu_count() or 1
+                )
+                self._interpreter.allocate_tensors()
             inputs = self._interpreter.get_input_details()
         except (ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path} is not a LiteRT model: {error}") from None
-        self._place = {
-            detail["name"].removeprefix("serving_default_").partition(":")[0]: detail["index"]
-            for detail in inputs
-        }
+        self._place = {detail["name"]: detail["index"] for detail in inputs}
         self._out = self._interpreter.get_output_details()[0]["index"]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._lock = threading.Lock()
@@ -255,3 +258,41 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         tokens += lengths[row]
     if batch:
         yield batch
+
+
+def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
+    """The recommender of a bundle, by LiteRT.
+
+    Args:
+      bundle: As :meth:`tfrec.bundle.Bundle.load` gives it.
+      threads: See :class:`LiteRTModel`.
+
+    Raises:
+      ArtifactError: a file is missing or is not what it should be.
+      SetupError: LiteRT is not installed.
+    """
+    folder, told = bundle.folder, bundle.content
+    dataset = Dataset.read(folder / "catalog")
+    policy = Policy.parse(told["policy"])
+    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads)
+    arrays = {
+        path.stem: load_rows(path)
+        for path in (folder / "arrays").glob("*.npy")
+        if not path.name.endswith(".rows.npy")
+    }
+    directions = arrays.get("directions")
+    return Recommender(
+        engine,
+        dataset.catalog,
+        dataset.users,
+        dataset.interactions,
+        EventCoding.parse(told["coding"]),
+        arrays["vectors"],
+        arrays["text"],
+        arrays["profile"],
+        policy,
+        LinearItems(arrays["linear"]) if "linear" in arrays else None,
+        load_index(folder / "index"),
+        None if directions is None else TextDirections(directions[0], directions[1:].T.copy()),
+        arrays["popularity"],
+    )

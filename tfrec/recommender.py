@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,16 @@ class Policy:
     def uses(self, part: str) -> bool:
         """Whether a part counts."""
         return bool(self.score.get(part))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "score": dict(self.score), "tasks": list(self.tasks)}
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> Policy:
+        """Reads back what :meth:`dump` gave; what else is there is left."""
+        known = {field.name: tree[field.name] for field in fields(cls)}
+        return cls(**{**known, "tasks": tuple(known["tasks"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,6 +325,7 @@ class Recommender:
       linear: A linear item-item model as another source of candidates.
       index: An index of the vectors; made if not given.
       directions: In which the ranker reads texts; None: it reads none.
+      popularity: float32 (n + 1,), how often each item was met; None: counted in ``interactions``.
     """
 
     def __init__(
@@ -331,6 +342,7 @@ class Recommender:
         linear: LinearItems | None = None,
         index: Index | None = None,
         directions: TextDirections | None = None,
+        popularity: Floats | None = None,
     ) -> None:
         self.engine, self.catalog, self.users = engine, catalog, users
         self.interactions, self.coding = interactions, coding
@@ -339,8 +351,11 @@ class Recommender:
         self.directions = directions
         rows = np.arange(1, len(catalog), dtype=np.int32)
         self.index = index or make_index(vectors[1:], rows)
-        self.popularity = np.bincount(interactions.item, minlength=len(catalog)).astype(np.float32)
-        self.popularity[0] = 0
+        if popularity is None:
+            counts = np.bincount(interactions.item, minlength=len(catalog))
+            popularity = counts.astype(np.float32)
+            popularity[0] = 0
+        self.popularity = popularity
         self._histories = Histories.of(interactions, coding)
 
     def who(
@@ -668,7 +683,7 @@ class Recommender:
         return out
 
     def _answer(self, requests: Sequence[Request], k: int, index: Index) -> list[list[Recommended]]:
-        asked, exclude = self._asked(requests)
+        asked, exclude = self.asked(requests)
         words = self._encoded(
             [
                 request.profile or (self._profile_text(request) if new else "")
@@ -710,7 +725,8 @@ class Recommender:
                     out[row] = vector_of[text]
         return out
 
-    def _asked(self, requests: Sequence[Request]) -> tuple[Who, Ragged]:
+    def asked(self, requests: Sequence[Request]) -> tuple[Who, Ragged]:
+        """Those who ask, and the catalog rows that must not come for each of them."""
         rows = [self.users.row(r.user_id) if r.user_id else -1 for r in requests]
         histories = _joined([self._history(row, r) for row, r in zip(rows, requests, strict=True)])
         index = np.array(rows)

@@ -122,10 +122,18 @@ class Dataset:
           ArtifactError: it is missing, unfinished or damaged.
         """
         path = artifact.path if isinstance(artifact, Artifact) else artifact
-        found = Artifact.load(path, KIND)
+        return cls.read(Artifact.load(path, KIND).path)
+
+    @classmethod
+    def read(cls, folder: Path) -> Dataset:
+        """Reads what :meth:`write` wrote, whose digests somebody else has checked.
+
+        Raises:
+          ArtifactError: a file is missing, or is not what it should be.
+        """
         try:
-            description = json.loads(found.file("dataset.json").read_text("utf-8"))
-            events = pq.read_table(found.file("interactions.parquet"))
+            description = json.loads((folder / "dataset.json").read_text("utf-8"))
+            events = pq.read_table(folder / "interactions.parquet")
             columns = {
                 name: np.array(events[name].to_numpy(), kind)
                 for name, kind in _EVENT_COLUMNS.items()
@@ -135,10 +143,10 @@ class Dataset:
                 num_users=description["num_users"],
                 event_names=tuple(description["event_names"]),
             )
-            catalog = Catalog(**_read_table(found, "items.parquet", description["items"]))
-            users = Users(**_read_table(found, "users.parquet", description["users"]))
-        except (KeyError, ValueError, pa.ArrowException) as error:
-            raise ArtifactError(f"{found.path} holds no dataset of this version: {error}") from None
+            catalog = Catalog(**_read_table(folder / "items.parquet", description["items"]))
+            users = Users(**_read_table(folder / "users.parquet", description["users"]))
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise ArtifactError(f"{folder} holds no dataset of this version: {error}") from None
         return cls(interactions, catalog, users)
 
 
@@ -149,8 +157,8 @@ def _write_table(table: Table, path: Path) -> None:
     pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
-def _read_table(found: Artifact, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    table = pq.read_table(found.file(name))
+def _read_table(path: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
+    table = pq.read_table(path)
     cells = {column: tuple(table[column].to_pylist()) for column in table.column_names}
     return {
         "ids": cells.pop("id"),

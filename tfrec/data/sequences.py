@@ -9,7 +9,7 @@ Cross-contamination"; first-fit decreasing.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,11 @@ class EventCoding:
         rated = interactions.rating[np.isfinite(interactions.rating)]
         low, high = (float(rated.min()), float(rated.max())) if len(rated) else (0.0, 0.0)
         return cls(interactions.event_names, low, high)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> EventCoding:
+        """Reads back what :func:`dataclasses.asdict` gave."""
+        return cls(**{**tree, "event_names": tuple(tree["event_names"])})
 
     @property
     def num_events(self) -> int:

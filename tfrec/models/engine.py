@@ -89,9 +89,7 @@ class RetrievalCard:
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> RetrievalCard:
         """Reads back what :meth:`dump` gave."""
-        coding = EventCoding(
-            **{**tree["coding"], "event_names": tuple(tree["coding"]["event_names"])}
-        )
+        coding = EventCoding.parse(tree["coding"])
         lists = {name: tuple(tree[name]) for name in ("cuts", "pretrained")}
         return cls(**{**tree, **lists, "coding": coding})
 
@@ -288,15 +286,7 @@ def recommender_of(
     ranker, policy, linear, directions = None, None, None, None
     if ranking is not None:
         told = read_json(ranking.file("model.json"))
-        policy = Policy(
-            told["candidates"],
-            told["history"],
-            told["score"],
-            tuple(told["tasks"]),
-            told["text_decay"],
-            told["newcomer"],
-            told["fade"],
-        )
+        policy = Policy.parse(told)
         ranker = load_ranker(ranking, told)
         directions = load_directions(ranking)
         if f"{trained}/linear.npy" in ranking.files:

@@ -30,7 +30,8 @@ _LOADED_WHEN_ASKED_FOR = {
     "tfrs": "tensorflow_recommenders",
     "keras3": "keras",
     "keras_hub": "keras_hub",
-    # TensorFlow has no public way to make variables into constants.
+    # TensorFlow has no public way to make variables into constants, or to change a LiteRT file.
+    "flatbuffers": "tensorflow.lite.tools.flatbuffer_utils",
     "freezing": "tensorflow.python.framework.convert_to_constants",
 }
 

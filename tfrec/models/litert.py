@@ -7,11 +7,7 @@ one model reads texts of every length, and its matrix products are as large as a
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +16,12 @@ from numpy.typing import NDArray
 from tfrec.data.sequences import query_inputs
 from tfrec.errors import InputError
 from tfrec.models.bert import tensors
-from tfrec.models.keras_bridge import freezing, tf
+from tfrec.models.keras_bridge import flatbuffers, freezing, tf
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower, no_history
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import TextAdapter
+from tfrec.terminal import quiet
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -50,15 +47,17 @@ def convert(function: Callable[..., Any], signature: Mapping[str, Any], int8: bo
     def call(*values: Any) -> Any:
         return function(**dict(zip(signature, values, strict=True)))
 
-    traced = tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
-    frozen = freezing.convert_variables_to_constants_v2(traced)
+    traced = tf.function(call, input_signature=specs, autograph=False)
+    with quiet():
+        frozen = freezing.convert_variables_to_constants_v2(traced.get_concrete_function())
     _check_finite(frozen)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], tf.Module())
     if int8:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    with _quiet():
-        blob: bytes = converter.convert()
-    return blob
+    with quiet():
+        blob = converter.convert()
+    (output,) = traced.get_concrete_function().structured_outputs
+    return _named(blob, output)
 
 
 def text_model(encoder: TextEncoder, int8: bool = True) -> bytes:
@@ -203,6 +202,45 @@ def rank_model(ranker: Ranker, int8: bool = False) -> bytes:
     return convert(call, signature, int8)
 
 
+def _named(blob: bytes, output: str) -> bytes:
+    """The model with plain names of its inputs and its output, and no others.
+
+    Inner names count up with every Keras layer that the process has made: without them the same
+    model gives the same bytes.
+    """
+    model = flatbuffers.convert_bytearray_to_object(bytearray(blob))
+    (graph,) = model.subgraphs
+    for place, tensor in enumerate(graph.tensors):
+        if place in graph.inputs:
+            name = tensor.name.decode().removeprefix("serving_default_").partition(":")[0]
+        else:
+            name = output if place in graph.outputs else ""
+        tensor.name = name.encode()
+    return bytes(flatbuffers.convert_object_to_bytearray(model))
+
+
+def signature(blob: bytes) -> dict[str, dict[str, dict[str, Any]]]:
+    """``inputs`` and ``outputs`` of a LiteRT model: name -> ``shape`` (-1: any) and ``dtype``."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    with quiet():
+        model = Interpreter(model_content=blob)
+
+    def told(details: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            detail["name"]: {
+                "shape": [int(size) for size in detail["shape_signature"]],
+                "dtype": np.dtype(detail["dtype"]).name,
+            }
+            for detail in details
+        }
+
+    return {
+        "inputs": told(model.get_input_details()),
+        "outputs": told(model.get_output_details()),
+    }
+
+
 def _words(table: NDArray[np.float32], token_ids: Any, int8: bool) -> Any:
     """float32 (t, width), rows of the table of words."""
     if not int8:
@@ -256,18 +294,3 @@ def _check_finite(frozen: Any) -> None:
                 "the model holds weights that are not finite; train it again, with a lower "
                 "learning rate"
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter writes about every step to the terminal, past Python."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as told:
-        kept = os.dup(2)
-        os.dup2(told.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)

@@ -15,11 +15,11 @@ from typing import Literal
 from tqdm import tqdm
 
 from tfrec.artifact import write_text
+from tfrec.bundle import Bundle, is_bundle
 from tfrec.config import FILE, Config, RecommendConfig
 from tfrec.data.raw import read_table
 from tfrec.data.tables import open_table
 from tfrec.errors import ConfigError, InputError
-from tfrec.models.engine import load_recommender
 from tfrec.recommender import Recommended, Recommender, Request
 
 PIECE = 512
@@ -40,10 +40,10 @@ def run(
     out: Path | None = None,
     format: Literal["csv", "jsonl"] = "csv",
 ) -> None:
-    """Recommends with a run's final models and writes the result.
+    """Recommends with a run's final models, or with a bundle, and writes the result.
 
     Args:
-      folder: The run's folder.
+      folder: The folder of a run or of a bundle; the latter needs no TensorFlow.
       users_file: A table with a column ``user_id``: everyone in it gets a list.
       user_ids: Further users.
       history: Item ids, oldest first, that follow what is known of each user; without users, of
@@ -94,8 +94,30 @@ def run(
     _say_sources(answers)
 
 
+def load_recommender(folder: str | os.PathLike[str]) -> Recommender:
+    """The recommender of a run's final models, or of a bundle's newest version.
+
+    Args:
+      folder: The folder of a run or of a bundle; the latter needs no TensorFlow.
+
+    Raises:
+      ArtifactError: something is missing, damaged, or does not belong together.
+      SetupError: a run is read where TensorFlow is not installed.
+    """
+    if is_bundle(folder):
+        from tfrec.engines import recommender_of
+
+        return recommender_of(Bundle.load(folder))
+    from tfrec.models import engine
+
+    return engine.load_recommender(folder)
+
+
 def _told(folder: Path) -> RecommendConfig:
     """The run's ``[recommend]`` section; the defaults where it left no configuration."""
+    if is_bundle(folder):
+        content = Bundle.load(folder, check=False).content
+        return RecommendConfig.model_validate(content["recommend"])
     path = folder / FILE
     if not path.is_file():
         return RecommendConfig()

@@ -1,0 +1,241 @@
+"""export, verify and recommend with a bundle: complete in itself, and the same answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import checkerboard as board
+import numpy as np
+import pytest
+
+from tfrec import bundle, cli
+from tfrec.artifact import Artifact, content_digest, file_digest, write_json
+from tfrec.bundle import Bundle
+from tfrec.engines import recommender_of
+from tfrec.errors import ArtifactError, InputError, SetupError
+from tfrec.golden import Golden
+from tfrec.models.engine import load_recommender
+from tfrec.recommender import Request
+from tfrec.stages import export, verify
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run; changed by no test."""
+    return board.trained(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+    """A bundle with one version; changed by no test."""
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    export.run(run, out, int8=False)
+    return out
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "bundle", symlinks=True)
+    return tmp_path / "bundle"
+
+
+def requests(recommender):
+    return [
+        Request(user_id=recommender.users.ids[3]),
+        Request(history=("i2", "i4")),
+        Request(user_id=recommender.users.ids[0], history=("i7",), exclude=("i1",)),
+        Request(profile="the war of space ship"),
+        Request(history=("i2",), profile="love story", include=("i1", "i3", "i4")),
+        Request(),
+    ]
+
+
+class TestExport:
+    def test_it_recommends_what_the_run_recommends(self, run, made):
+        trained, exported = load_recommender(run), recommender_of(Bundle.load(made), threads=1)
+        asked = requests(trained)
+        for mine, its in zip(trained.recommend(asked), exported.recommend(asked), strict=True):
+            assert [item.item_id for item in mine] == [item.item_id for item in its]
+            scores = [[item.score for item in answer] for answer in (mine, its)]
+            np.testing.assert_allclose(*scores, rtol=1e-4)
+
+    def test_the_manifest_describes_it(self, run, made):
+        told = json.loads((made / "manifest.json").read_text())
+        assert (told["version"], told["kind"], told["versions"]) == (
+            1,
+            "bundle",
+            {"1": "versions/1"},
+        )
+        assert set(told["models"]) == {"query", "candidate", "rank", "text"}
+        assert told["models"]["query"]["inputs"]["vectors"] == {
+            "shape": [-1, 8, 8],
+            "dtype": "float32",
+        }
+        retrieval = Artifact.peek(run / "adapt" / "retrieval")
+        assert told["lineage"]["retrieval"] == retrieval.digest
+        assert told["packages"]["numpy"] == np.__version__
+        for name, entry in told["files"].items():
+            assert (made / name).stat().st_size == entry["bytes"]
+        assert not list(made.rglob("*.pkl"))
+
+    def test_it_needs_nothing_of_the_run_and_no_tensorflow(self, made, tmp_path):
+        shutil.copytree(made, tmp_path / "elsewhere")
+        code = (
+            "import sys; from tfrec import cli; "
+            "code = cli.main(['recommend', 'elsewhere', '--history', 'i2,i4', '--k', '3']); "
+            "code = code or cli.main(['verify', 'elsewhere']); "
+            "sys.exit(code or 10 * ('tensorflow' in sys.modules or 'scipy' in sys.modules))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert "every digest and answer holds" in done.stdout
+        assert "XNNPACK" not in done.stderr
+
+    def test_the_same_run_again_makes_nothing_new(self, run, copy):
+        before = Artifact.peek(copy / "versions" / "1")
+        again = export.run(run, copy, int8=False)
+        assert (again.digest, again.created) == (before.digest, before.created)
+        assert bundle.versions(copy) == [1]
+
+    def test_the_same_run_elsewhere_gives_the_same_bytes(self, run, made, tmp_path):
+        other = export.run(run, tmp_path / "other", int8=False)
+        assert other.digest == Artifact.peek(made / "versions" / "1").digest
+
+    def test_versions_grow_and_the_oldest_go(self, run, copy):
+        export.run(run, copy, users=False, int8=False)
+        assert (bundle.versions(copy), Bundle.load(copy).version) == ([1, 2], 2)
+        export.run(run, copy, int8=True, keep=2)
+        assert (bundle.versions(copy), Bundle.load(copy).version) == ([2, 3], 3)
+        assert Bundle.load(copy, 2).content["users"] == 0
+        with pytest.raises(ArtifactError, match="no version 1; there are: 2, 3"):
+            Bundle.load(copy, 1)
+
+    def test_without_users_nothing_of_them_is_in_it(self, run, tmp_path):
+        made = export.run(run, tmp_path / "bundle", users=False, int8=False)
+        exported, trained = recommender_of(Bundle.load(tmp_path / "bundle")), load_recommender(run)
+        assert (len(exported.users), len(exported.interactions)) == (0, 0)
+        names = {name.encode() for name in trained.users.ids}
+        for name in made.files:
+            words = set(made.file(name).read_bytes().split(b'"'))
+            assert not names & words, name
+        asked = [Request(history=("i2", "i4")), Request()]
+        for mine, its in zip(trained.recommend(asked), exported.recommend(asked), strict=True):
+            assert [item.item_id for item in mine] == [item.item_id for item in its]
+
+    def test_int8_is_smaller_and_verified_by_bounds_of_its_own(self, run, made, tmp_path):
+        export.run(run, tmp_path / "small")
+        text = "versions/1/litert/text/model.tflite"
+        assert (tmp_path / "small" / text).stat().st_size < (made / text).stat().st_size
+        found = {f"{f.model}, {f.measure}": f for f in verify.run(tmp_path / "small")}
+        assert found["text, LiteRT int8, cosine min"].bound == verify.INT8["cosine_min"]
+        assert found["query, LiteRT float32, cosine min"].ok
+
+    def test_progress_and_the_path_on_the_command_line(self, run, tmp_path, capsys):
+        assert cli.main(["export", str(run), "--to", str(tmp_path / "b"), "--no-int8"]) == 0
+        told = capsys.readouterr()
+        assert told.out.strip() == str(tmp_path / "b" / "versions" / "1")
+        assert "exporting" in told.err
+        assert cli.main(["verify", str(tmp_path / "b")]) == 0
+        told = capsys.readouterr()
+        assert "ok    query, LiteRT float32: cosine min 1.000000  (bound 0.9999)" in told.out
+
+
+class TestBadInput:
+    def test_a_run_that_was_never_trained(self, run, tmp_path):
+        (tmp_path / "run").mkdir()
+        shutil.copytree(run / "prepare", tmp_path / "run" / "prepare")
+        with pytest.raises(ArtifactError, match=r"retrieval; run the stage that makes it first"):
+            export.run(tmp_path / "run", tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+
+    def test_vectors_that_are_not_finite(self, run, tmp_path, monkeypatch):
+        broken = load_recommender(run)
+        broken.vectors[3] = np.nan
+        monkeypatch.setattr(export, "load_recommender", lambda folder: broken)
+        with pytest.raises(InputError, match=r"vectors .* not finite; train again"):
+            export.run(run, tmp_path / "bundle")
+        assert bundle.versions(tmp_path / "bundle") == []
+
+    def test_something_else_at_the_place(self, run, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(InputError, match="no bundle; name another folder"):
+            export.run(run, tmp_path)
+        with pytest.raises(InputError, match="no bundle; name another folder"):
+            export.run(run, tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_no_version_is_to_be_kept(self, run, tmp_path):
+        with pytest.raises(InputError, match="--keep is at least 1, and got 0"):
+            export.run(run, tmp_path / "bundle", keep=0)
+
+    def test_a_changed_byte(self, copy):
+        path = copy / "versions" / "1" / "litert" / "query.tflite"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"query\.tflite does not match its digest"):
+            verify.run(copy)
+
+    def test_a_missing_file(self, copy):
+        (copy / "versions" / "1" / "arrays" / "vectors.npy").unlink()
+        with pytest.raises(ArtifactError, match=r"vectors\.npy is missing"):
+            recommender_of(Bundle.load(copy))
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ('{"format": 99, "version": 1}', "bundle format 99, and this tfrec .* reads format 1"),
+            ('{"format": 1, "version": 1}', "is damaged"),
+            ("not JSON", "is damaged"),
+            ("[]", "is damaged"),
+        ],
+    )
+    def test_another_manifest(self, run, copy, content, message):
+        (copy / "manifest.json").write_text(content)
+        with pytest.raises(ArtifactError, match=message):
+            Bundle.load(copy)
+        with pytest.raises(ArtifactError, match=message):
+            export.run(run, copy)
+
+    def test_no_bundle(self, tmp_path):
+        with pytest.raises(ArtifactError, match="there is no bundle at"):
+            Bundle.load(tmp_path / "nothing")
+        with pytest.raises(ArtifactError, match="unfinished or no bundle"):
+            Bundle.load(tmp_path)
+
+    def test_a_full_disk_leaves_the_old_version(self, run, copy, monkeypatch):
+        def full(*given, **named):
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(Golden, "save", full)
+        with pytest.raises(SetupError, match="no space left"):
+            export.run(run, copy, users=False)
+        assert (bundle.versions(copy), Bundle.load(copy).version) == ([1], 1)
+        assert [path.name for path in (copy / "versions").iterdir()] == ["1"]
+
+    def test_answers_that_differ_fail(self, copy, capsys):
+        folder = copy / "versions" / "1"
+        queries = np.load(folder / "golden" / "query.npy")
+        np.save(folder / "golden" / "query.npy", queries[::-1])
+        _rewrite(folder)
+        assert cli.main(["verify", str(copy)]) == 2
+        assert "FAIL  query, LiteRT float32: cosine min" in capsys.readouterr().out
+
+
+def _rewrite(folder):
+    """Gives an artifact whose payload was changed on purpose the digests it now has."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        entry |= {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    manifest["digest"] = content_digest(
+        manifest["kind"], manifest["config"], manifest["parents"], manifest["files"]
+    )
+    write_json(path, manifest)

@@ -1,0 +1,212 @@
+"""Bundle: what is deployed. One folder of numbered versions, each complete in itself.
+
+    BUNDLE/
+      manifest.json        which version is the newest, and all that there is to know about it
+      versions/3/          an artifact: models, vectors, catalog, histories, policy, golden answers
+      tf-serving/          models.config, and encode_query/3 -> ../../versions/3/tf-serving/...
+
+A new version appears in one rename, and ``manifest.json`` names it only when all of it is there;
+so a reader finds the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import tfrec
+from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json
+from tfrec.errors import ArtifactError, InputError
+
+FORMAT = 1
+KIND = "bundle"
+VERSIONS = "versions"
+SERVING = "tf-serving"
+CONTENT = "content.json"
+"""In a version: its models with their signatures, packages, licences and policy."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One version of a bundle.
+
+    Attributes:
+      path: The bundle's folder.
+      version: Its number.
+      artifact: Its files.
+    """
+
+    path: Path
+    version: int
+    artifact: Artifact
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], version: int | None = None, check: bool = True
+    ) -> Bundle:
+        """Reads a version and checks the digest of every file.
+
+        Args:
+          folder: The bundle.
+          version: Its number; None: the newest.
+          check: False: the digests are not checked.
+
+        Raises:
+          ArtifactError: there is no bundle or no such version, it was changed, or it was written
+            by a newer tfrec.
+        """
+        path = Path(folder)
+        newest = _newest(path)
+        wanted = newest if version is None else version
+        if wanted not in versions(path):
+            known = ", ".join(map(str, versions(path))) or "none"
+            raise ArtifactError(f"{path} has no version {wanted}; there are: {known}")
+        read = Artifact.load if check else Artifact.peek
+        return cls(path, wanted, read(path / VERSIONS / str(wanted), KIND))
+
+    @property
+    def folder(self) -> Path:
+        """Where the version's files are."""
+        return self.artifact.path
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What the version holds."""
+        found: dict[str, Any] = json.loads(self.artifact.file(CONTENT).read_text("utf-8"))
+        return found
+
+
+def is_bundle(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a bundle, as opposed to a run."""
+    return (Path(folder) / VERSIONS).is_dir()
+
+
+def versions(folder: str | os.PathLike[str]) -> list[int]:
+    """The numbers of the finished versions, oldest first."""
+    found = Path(folder, VERSIONS).glob(f"*/{MANIFEST}")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+
+
+def writable(folder: str | os.PathLike[str]) -> Path:
+    """A folder in which a bundle is or can be made.
+
+    Raises:
+      ArtifactError: the bundle there was written by a newer tfrec.
+      InputError: something else is there.
+    """
+    path = Path(folder)
+    if (path / MANIFEST).is_file():
+        _newest(path)
+    elif path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_bundle(path)):
+        raise InputError(f"{path} is there already and is no bundle; name another folder with --to")
+    return path
+
+
+def publish(folder: Path, version: int, keep: int) -> Path:
+    """Makes a finished version the newest one, and removes the oldest beyond ``keep``.
+
+    Args:
+      folder: The bundle.
+      version: Its number.
+      keep: Versions to keep, at least 1.
+
+    Returns:
+      The path of ``manifest.json``.
+    """
+    with disk_errors(folder):
+        there = versions(folder)
+        old = [number for number in there if number != version][: max(len(there) - keep, 0)]
+        kept = [number for number in there if number not in old]
+        _link(folder, kept)
+        found = Artifact.peek(folder / VERSIONS / str(version), KIND)
+        content = json.loads(found.file(CONTENT).read_text("utf-8"))
+        write_json(
+            folder / MANIFEST,
+            {
+                **content,
+                "format": FORMAT,
+                "kind": KIND,
+                "version": version,
+                "versions": {str(n): f"{VERSIONS}/{n}" for n in kept},
+                "created": found.created,
+                "tfrec_version": found.tfrec_version,
+                "digest": found.digest,
+                "lineage": dict(found.parents),
+                "metrics": dict(found.metrics),
+                "files": {f"{VERSIONS}/{version}/{n}": dict(e) for n, e in found.files.items()},
+            },
+        )
+        for number in old:
+            shutil.rmtree(folder / VERSIONS / str(number), ignore_errors=True)
+    return folder / MANIFEST
+
+
+def _link(folder: Path, kept: Sequence[int]) -> None:
+    """Gives every TensorFlow Serving model a folder of its versions, and lists the models."""
+    names = set()
+    for number in kept:
+        for model in (folder / VERSIONS / str(number) / SERVING).glob("[!.]*"):
+            names.add(model.name)
+            place = folder / SERVING / model.name
+            place.mkdir(parents=True, exist_ok=True)
+            link = place / str(number)
+            if not link.is_symlink():
+                link.symlink_to(Path("..", "..", VERSIONS, str(number), SERVING, model.name))
+    for link in (folder / SERVING).glob("*/*"):
+        if link.is_symlink() and int(link.name) not in kept:
+            link.unlink()
+
+
+def _newest(folder: Path) -> int:
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no bundle at {folder}; make one with `tfrec export`")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is unfinished or no bundle")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        told, number = found["format"], found["version"]
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{path} is damaged: it is not the JSON of a bundle") from None
+    if told != FORMAT:
+        raise ArtifactError(
+            f"{folder} has bundle format {told}, and this tfrec {tfrec.__version__} reads format "
+            f"{FORMAT}; take the tfrec that wrote it, or export again"
+        )
+    if found.get("kind") != KIND or not isinstance(number, int):
+        raise ArtifactError(f"{path} is damaged: it is not the JSON of a bundle")
+    return number
+
+
+def save_rows(path: Path, array: NDArray[Any]) -> None:
+    """Writes an array as .npy; where many rows are the same, each once and which row is which."""
+    rows, which = np.unique(array, axis=0, return_inverse=True)
+    if len(rows) * 2 < len(array):
+        np.save(path.with_suffix(".rows.npy"), which.reshape(-1).astype(np.int32))
+        array = rows
+    np.save(path, array, allow_pickle=False)
+
+
+def load_rows(path: Path) -> NDArray[Any]:
+    """Reads what :func:`save_rows` wrote.
+
+    Raises:
+      ArtifactError: a file is missing or damaged.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+        which = path.with_suffix(".rows.npy")
+        if which.is_file():
+            array = array[np.load(which, allow_pickle=False)]
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    return array

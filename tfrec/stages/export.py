@@ -1,0 +1,257 @@
+"""export: a finished run in, a new version of a bundle out, which needs nothing of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tfrec import bundle
+from tfrec.artifact import MANIFEST, Artifact, current, write_json, writing
+from tfrec.bundle import CONTENT, KIND, VERSIONS, save_rows
+from tfrec.config import FILE, Config, RecommendConfig
+from tfrec.data.catalog import Users
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import Interactions
+from tfrec.errors import ConfigError, InputError, SetupError
+from tfrec.golden import Golden
+from tfrec.models import litert
+from tfrec.models.engine import TensorFlowEngine, load_recommender
+from tfrec.models.text import TextEncoder
+from tfrec.models.weights import find
+from tfrec.recommender import Recommender
+
+PACKAGES = ("tensorflow", "tf-keras", "keras-hub", "ai-edge-litert", "numpy", "scann")
+_LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
+
+
+def run(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    users: bool = True,
+    int8: bool = True,
+    keep: int = 3,
+) -> Artifact:
+    """Writes a new version of a bundle, unless the newest was made from just this.
+
+    Args:
+      folder: The run's folder.
+      out: The bundle's folder; made if it is not there.
+      users: Whether the known users and their histories are part of it.
+      int8: Whether the text encoder's weights are int8; else float32.
+      keep: How many versions are kept, this one counted.
+
+    Returns:
+      The version, which is the bundle's newest.
+
+    Raises:
+      ArtifactError: the run is missing or unfinished, or the bundle is damaged or of a newer tfrec.
+      InputError: ``out`` is something else, ``keep`` is below 1, or weights are not finite.
+      SetupError: the disk is full or cannot be written.
+    """
+    if keep < 1:
+        raise InputError(f"--keep is at least 1, and got {keep}: the new version is always kept")
+    source, path = Path(folder), bundle.writable(out)
+    parents = _parents(source)
+    told = _told(source)
+    recipe = {"users": users, "int8": int8, "recommend": told.model_dump()}
+    numbers = bundle.versions(path)
+    if numbers:
+        newest = path / VERSIONS / str(numbers[-1])
+        same = current(newest, kind=KIND, config=recipe, parents=parents)
+        if same is not None:
+            bundle.publish(path, numbers[-1], keep)
+            return same
+    recommender = load_recommender(source)
+    _check(recommender, source)
+    recommender = recommender if users else _without_users(recommender)
+    number = max(numbers, default=0) + 1
+    place = path / VERSIONS / str(number)
+    with writing(place, kind=KIND, config=recipe, parents=parents) as draft:
+        content = _write(recommender, parents["retrieval"], draft.path, int8)
+        write_json(draft.path / CONTENT, {**content, "recommend": told.model_dump()})
+        draft.metrics |= {
+            name: value
+            for parent in parents.values()
+            for name, value in parent.metrics.items()
+            if isinstance(value, int | float)
+        }
+    bundle.publish(path, number, keep)
+    return Artifact.peek(place, KIND)
+
+
+def _parents(source: Path) -> dict[str, Artifact]:
+    parents = {
+        "dataset": Artifact.peek(source / "prepare", "dataset"),
+        "retrieval": Artifact.peek(source / "adapt" / "retrieval", "retrieval"),
+    }
+    ranking = source / "adapt" / "ranking"
+    if (ranking / MANIFEST).is_file():
+        parents["ranking"] = Artifact.peek(ranking, "ranking")
+    return parents
+
+
+def _told(source: Path) -> RecommendConfig:
+    path = source / FILE
+    try:
+        tree = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return Config.parse({"recommend": tree.get("recommend", {})}).recommend
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
+
+
+def _check(recommender: Recommender, source: Path) -> None:
+    for name in ("vectors", "text", "profile"):
+        if not np.isfinite(getattr(recommender, name)).all():
+            raise InputError(f"the {name} of {source} hold values that are not finite; train again")
+
+
+def _without_users(recommender: Recommender) -> Recommender:
+    """The same, of which nobody is known: popularity stays."""
+    events, users = recommender.interactions, recommender.users
+    columns: dict[str, tuple[str, ...]] = dict.fromkeys(users.attributes, ())
+    return Recommender(
+        recommender.engine,
+        recommender.catalog,
+        Users((), (), (), columns, users.schema),
+        Interactions(
+            events.user[:0],
+            events.item[:0],
+            events.timestamp[:0],
+            events.event[:0],
+            events.rating[:0],
+            events.weight[:0],
+            events.split[:0],
+            0,
+            events.event_names,
+        ),
+        recommender.coding,
+        recommender.vectors,
+        recommender.text,
+        recommender.profile[:0],
+        recommender.policy,
+        recommender.linear,
+        recommender.index,
+        recommender.directions,
+        recommender.popularity,
+    )
+
+
+def _write(
+    recommender: Recommender, retrieval: Artifact, folder: Path, int8: bool
+) -> dict[str, Any]:
+    """Everything but :data:`CONTENT`, which is returned."""
+    engine = recommender.engine
+    assert isinstance(engine, TensorFlowEngine)
+    with _steps(3) as step:
+        step("catalog")
+        place = folder / "catalog"
+        place.mkdir()
+        Dataset(recommender.interactions, recommender.catalog, recommender.users).write(place)
+        _write_arrays(recommender, folder / "arrays")
+        recommender.index.save(folder / "index")
+        step("models")
+        models = _write_models(recommender, engine, retrieval, folder / "litert", int8)
+        step("questions")
+        Golden.ask(recommender).save(folder / "golden")
+        step("")
+    return {
+        "models": models,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "policy": recommender.policy.dump(),
+        "coding": asdict(recommender.coding),
+        "history": engine.two_tower.config.history,
+        "items": recommender.catalog.num_items,
+        "users": len(recommender.users),
+        "text_int8": int8,
+    }
+
+
+def _write_arrays(recommender: Recommender, folder: Path) -> None:
+    folder.mkdir()
+    arrays: dict[str, NDArray[Any]] = {
+        "vectors": recommender.vectors,
+        "popularity": recommender.popularity,
+        "text": recommender.text,
+        "profile": recommender.profile,
+    }
+    if recommender.linear is not None:
+        arrays["linear"] = recommender.linear.weights
+    if recommender.directions is not None:
+        found = recommender.directions
+        arrays["directions"] = np.vstack([found.mean, found.matrix.T])
+    for name, array in arrays.items():
+        save_rows(folder / f"{name}.npy", array)
+
+
+def _write_models(
+    recommender: Recommender,
+    engine: TensorFlowEngine,
+    retrieval: Artifact,
+    folder: Path,
+    int8: bool,
+) -> dict[str, Any]:
+    """The LiteRT models; returns what each takes and gives."""
+    folder.mkdir()
+    features = recommender.catalog.features.shape[1]
+    blobs = {
+        "query": litert.query_model(engine.two_tower),
+        "candidate": litert.candidate_model(engine.two_tower, recommender.text.shape[1], features),
+        "rank": litert.rank_model(engine.ranker) if engine.ranker is not None else None,
+    }
+    if recommender.text.shape[1]:
+        blobs["text/model"] = litert.text_model(engine.text_encoder, int8)
+        _write_text(engine.text_encoder, str(retrieval.config["adapt"]["text"]), folder / "text")
+    for name, blob in blobs.items():
+        if blob is not None:
+            (folder / f"{name}.tflite").write_bytes(blob)
+    return {
+        name.partition("/")[0]: {
+            "file": f"litert/{name}.tflite",
+            "runtime": "LiteRT",
+            **litert.signature(blob),
+        }
+        for name, blob in blobs.items()
+        if blob is not None
+    }
+
+
+def _write_text(encoder: TextEncoder, name: str, folder: Path) -> None:
+    """What the text model needs beside its weights, and under which licence they came."""
+    folder.mkdir()
+    encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
+    encoder.tokenizer.save(folder / "tokenizer.json")
+    with contextlib.suppress(InputError, SetupError):
+        source = find(name)
+        for pattern in _LICENCES:
+            for file in sorted(source.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _steps(count: int) -> Iterator[Callable[[str], None]]:
+    with tqdm(total=count, desc="exporting", bar_format="{desc}: {n}/{total} {postfix}") as bar:
+
+        def step(name: str) -> None:
+            bar.update(1 if bar.postfix else 0)
+            bar.set_postfix_str(name)
+
+        yield step
