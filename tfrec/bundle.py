@@ -24,13 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import tfrec
-from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json
+from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json, write_text
 from tfrec.errors import ArtifactError, InputError
 
 FORMAT = 1
+_BATCHING = """max_batch_size { value: 128 }
+batch_timeout_micros { value: 2000 }
+max_enqueued_batches { value: 1000 }
+"""
 KIND = "bundle"
 VERSIONS = "versions"
 SERVING = "tf-serving"
+EXAMPLES = "examples"
 CONTENT = "content.json"
 """In a version: its models with their signatures, packages, licences and policy."""
 
@@ -161,9 +166,22 @@ def _link(folder: Path, kept: Sequence[int]) -> None:
             link = place / str(number)
             if not link.is_symlink():
                 link.symlink_to(Path("..", "..", VERSIONS, str(number), SERVING, model.name))
+    if names:
+        write_text(folder / SERVING / "models.config", _models_config(sorted(names)))
+        write_text(folder / SERVING / "batching.config", _BATCHING)
     for link in (folder / SERVING).glob("*/*"):
         if link.is_symlink() and int(link.name) not in kept:
             link.unlink()
+
+
+def _models_config(names: Sequence[str]) -> str:
+    """What TensorFlow Serving reads as --model_config_file, the bundle being at /models there."""
+    each = "".join(
+        f'  config {{\n    name: "{name}"\n    base_path: "/models/{SERVING}/{name}"\n'
+        '    model_platform: "tensorflow"\n  }\n'
+        for name in names
+    )
+    return f"model_config_list {{\n{each}}}\n"
 
 
 def _newest(folder: Path) -> int:

@@ -434,6 +434,12 @@ def _add_export(verbs: Verbs) -> None:
         help="whether the text encoder has int8 weights, a quarter of the size (yes)",
     )
     verb.add_argument(
+        "--saved-models",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether SavedModels for TensorFlow Serving are part of it (yes)",
+    )
+    verb.add_argument(
         "--keep", type=_positive, default=3, metavar="N", help="versions that are kept (3)"
     )
 
@@ -446,6 +452,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.to,
         users=arguments.users,
         int8=arguments.int8,
+        saved_models=arguments.saved_models,
         keep=arguments.keep,
     )
     return _made(made.path)

@@ -195,6 +195,15 @@ class LiteRTEngine:
         """
         return self._text_model().tokenizer.coverage(texts)
 
+    def tokenize(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Token ids and padding mask of texts of items, each int32 (n, t).
+
+        Raises:
+          InputError: the model reads no texts.
+        """
+        reader = self._text_model()
+        return reader.tokenizer.tokenize(reader.settings.prepared(texts, "passage"))
+
     def encode_candidate(self, text: Floats, attributes: Floats, rows: Rows) -> Floats:
         """See :class:`tfrec.recommender.Engine`; every item is taken for new.
 

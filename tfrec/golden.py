@@ -152,10 +152,9 @@ class Golden:
         for name in ("text", "query", "candidate"):
             mine, its = getattr(self, name), getattr(other, name)
             if len(mine) and mine.shape[1]:
-                out[name] = _cosines(mine, its)
+                out[name] = cosines(mine, its)
         if self.tasks.size:
-            spread = max(float(self.tasks.std()), 1e-9)
-            out["rank"] = {"max_difference": float(np.abs(self.tasks - other.tasks).max()) / spread}
+            out["rank"] = difference(self.tasks, other.tasks)
         shares = [
             len(set(mine) & set(its)) / max(len(mine), 1)
             for mine, its in zip(self.items, other.items, strict=True)
@@ -169,7 +168,14 @@ def _request(tree: dict[str, Any]) -> Request:
     return Request(**{**tree, **lists})
 
 
-def _cosines(mine: Floats, its: Floats) -> dict[str, float]:
+def difference(mine: Floats, its: Floats) -> dict[str, float]:
+    """``max_difference`` of predictions, in units of the spread of ``mine``."""
+    spread = max(float(mine.std()), 1e-9)
+    return {"max_difference": float(np.abs(mine - its).max(initial=0)) / spread}
+
+
+def cosines(mine: Floats, its: Floats) -> dict[str, float]:
+    """``cosine_min`` and ``cosine_mean`` of vectors, row by row; rows of zeros do not count."""
     if mine.shape != its.shape:
         raise ArtifactError(f"vectors of shape {its.shape} were given, and {mine.shape} exported")
     lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(its, axis=1)

@@ -16,11 +16,14 @@ from tfrec.bundle import Bundle
 from tfrec.engines import recommender_of
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.golden import Golden
+from tfrec.models import serving
 from tfrec.models.engine import load_recommender
 from tfrec.recommender import Request
 from tfrec.stages import export, verify
 
 pytestmark = pytest.mark.slow
+
+PLAIN = {"int8": False, "saved_models": False}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def run(tmp_path_factory):
 def made(run, tmp_path_factory):
     """A bundle with one version; changed by no test."""
     out = tmp_path_factory.mktemp("exported") / "bundle"
-    export.run(run, out, int8=False)
+    export.run(run, out, **PLAIN)
     return out
 
 
@@ -99,25 +102,25 @@ class TestExport:
 
     def test_the_same_run_again_makes_nothing_new(self, run, copy):
         before = Artifact.peek(copy / "versions" / "1")
-        again = export.run(run, copy, int8=False)
+        again = export.run(run, copy, **PLAIN)
         assert (again.digest, again.created) == (before.digest, before.created)
         assert bundle.versions(copy) == [1]
 
     def test_the_same_run_elsewhere_gives_the_same_bytes(self, run, made, tmp_path):
-        other = export.run(run, tmp_path / "other", int8=False)
+        other = export.run(run, tmp_path / "other", **PLAIN)
         assert other.digest == Artifact.peek(made / "versions" / "1").digest
 
     def test_versions_grow_and_the_oldest_go(self, run, copy):
-        export.run(run, copy, users=False, int8=False)
+        export.run(run, copy, users=False, **PLAIN)
         assert (bundle.versions(copy), Bundle.load(copy).version) == ([1, 2], 2)
-        export.run(run, copy, int8=True, keep=2)
+        export.run(run, copy, saved_models=False, keep=2)
         assert (bundle.versions(copy), Bundle.load(copy).version) == ([2, 3], 3)
         assert Bundle.load(copy, 2).content["users"] == 0
         with pytest.raises(ArtifactError, match="no version 1; there are: 2, 3"):
             Bundle.load(copy, 1)
 
     def test_without_users_nothing_of_them_is_in_it(self, run, tmp_path):
-        made = export.run(run, tmp_path / "bundle", users=False, int8=False)
+        made = export.run(run, tmp_path / "bundle", users=False, **PLAIN)
         exported, trained = recommender_of(Bundle.load(tmp_path / "bundle")), load_recommender(run)
         assert (len(exported.users), len(exported.interactions)) == (0, 0)
         names = {name.encode() for name in trained.users.ids}
@@ -129,7 +132,7 @@ class TestExport:
             assert [item.item_id for item in mine] == [item.item_id for item in its]
 
     def test_int8_is_smaller_and_verified_by_bounds_of_its_own(self, run, made, tmp_path):
-        export.run(run, tmp_path / "small")
+        export.run(run, tmp_path / "small", saved_models=False)
         text = "versions/1/litert/text/model.tflite"
         assert (tmp_path / "small" / text).stat().st_size < (made / text).stat().st_size
         found = {f"{f.model}, {f.measure}": f for f in verify.run(tmp_path / "small")}
@@ -137,13 +140,71 @@ class TestExport:
         assert found["query, LiteRT float32, cosine min"].ok
 
     def test_progress_and_the_path_on_the_command_line(self, run, tmp_path, capsys):
-        assert cli.main(["export", str(run), "--to", str(tmp_path / "b"), "--no-int8"]) == 0
+        said = ("--no-int8", "--no-saved-models")
+        assert cli.main(["export", str(run), "--to", str(tmp_path / "b"), *said]) == 0
         told = capsys.readouterr()
         assert told.out.strip() == str(tmp_path / "b" / "versions" / "1")
         assert "exporting" in told.err
         assert cli.main(["verify", str(tmp_path / "b")]) == 0
         told = capsys.readouterr()
         assert "ok    query, LiteRT float32: cosine min 1.000000  (bound 0.9999)" in told.out
+
+
+@pytest.fixture(scope="module")
+def served(run, tmp_path_factory):
+    """A bundle with SavedModels; changed by no test."""
+    out = tmp_path_factory.mktemp("served") / "bundle"
+    export.run(run, out, users=False)
+    return out
+
+
+class TestForTensorFlowServing:
+    def test_every_model_has_a_folder_of_versions(self, served):
+        models = {"encode_query", "encode_candidate", "encode_text", "retrieve", "rank"}
+        told = (served / "tf-serving" / "models.config").read_text()
+        for name in models:
+            version = served / "tf-serving" / name / "1"
+            assert (version / "saved_model.pb").is_file()
+            assert (version / "assets.extra" / "tf_serving_warmup_requests").stat().st_size > 0
+            assert f'base_path: "/models/tf-serving/{name}"' in told
+        manifest = json.loads((served / "manifest.json").read_text())
+        signature = manifest["models"]["tf-serving/retrieve"]["signatures"]["serving_default"]
+        assert signature["inputs"]["history"] == {"shape": [-1, -1], "dtype": "string"}
+        assert signature["outputs"]["score"] == {"shape": [-1, -1], "dtype": "float32"}
+
+    def test_old_versions_go_from_there_too(self, run, served, tmp_path):
+        out = tmp_path / "bundle"
+        shutil.copytree(served, out, symlinks=True)
+        export.run(run, out, **PLAIN, keep=1)
+        assert list((out / "tf-serving").glob("*/*")) == []
+        assert bundle.versions(out) == [2]
+
+    def test_the_examples_are_what_the_models_answer(self, served):
+        for name in ("retrieve", "rank"):
+            folder = served / "versions" / "1" / "examples"
+            asked = json.loads((folder / f"{name}.request.json").read_text())
+            answer = json.loads((folder / f"{name}.response.json").read_text())
+            place = served / "tf-serving" / name / "1"
+            types = {"k": np.int32}
+            inputs = {
+                key: np.array(value, types.get(key, object))
+                for key, value in asked["inputs"].items()
+            }
+            assert serving.as_rest(serving.answers(place, inputs)) == answer["outputs"]
+
+    def test_verify_runs_them_all(self, served, capsys):
+        assert cli.main(["verify", str(served)]) == 0
+        told = capsys.readouterr().out
+        for name in ("encode_query", "encode_text", "rank", "retrieve"):
+            assert f"ok    {name}, SavedModel" in told
+
+    def test_one_that_does_not_load_is_one_line(self, served, tmp_path):
+        shutil.copytree(served, tmp_path / "b", symlinks=True)
+        folder = tmp_path / "b" / "versions" / "1"
+        (folder / "tf-serving" / "rank" / "saved_model.pb").write_bytes(b"nothing")
+        _rewrite(folder)
+        with pytest.raises(ArtifactError, match="rank holds no SavedModel that loads"):
+            verify.run(tmp_path / "b")
 
 
 class TestBadInput:

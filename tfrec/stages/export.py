@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from tfrec import bundle
 from tfrec.artifact import MANIFEST, Artifact, current, write_json, writing
-from tfrec.bundle import CONTENT, KIND, VERSIONS, save_rows
+from tfrec.bundle import CONTENT, EXAMPLES, KIND, SERVING, VERSIONS, save_rows
 from tfrec.config import FILE, Config, RecommendConfig
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
 from tfrec.errors import ConfigError, InputError, SetupError
 from tfrec.golden import Golden
-from tfrec.models import litert
+from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine, load_recommender
 from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
@@ -41,6 +41,7 @@ def run(
     *,
     users: bool = True,
     int8: bool = True,
+    saved_models: bool = True,
     keep: int = 3,
 ) -> Artifact:
     """Writes a new version of a bundle, unless the newest was made from just this.
@@ -50,6 +51,7 @@ def run(
       out: The bundle's folder; made if it is not there.
       users: Whether the known users and their histories are part of it.
       int8: Whether the text encoder's weights are int8; else float32.
+      saved_models: Whether SavedModels for TensorFlow Serving are part of it.
       keep: How many versions are kept, this one counted.
 
     Returns:
@@ -65,7 +67,12 @@ def run(
     source, path = Path(folder), bundle.writable(out)
     parents = _parents(source)
     told = _told(source)
-    recipe = {"users": users, "int8": int8, "recommend": told.model_dump()}
+    recipe = {
+        "users": users,
+        "int8": int8,
+        "saved_models": saved_models,
+        "recommend": told.model_dump(),
+    }
     numbers = bundle.versions(path)
     if numbers:
         newest = path / VERSIONS / str(numbers[-1])
@@ -79,7 +86,7 @@ def run(
     number = max(numbers, default=0) + 1
     place = path / VERSIONS / str(number)
     with writing(place, kind=KIND, config=recipe, parents=parents) as draft:
-        content = _write(recommender, parents["retrieval"], draft.path, int8)
+        content = _write(recommender, parents["retrieval"], draft.path, int8, saved_models)
         write_json(draft.path / CONTENT, {**content, "recommend": told.model_dump()})
         draft.metrics |= {
             name: value
@@ -149,12 +156,12 @@ def _without_users(recommender: Recommender) -> Recommender:
 
 
 def _write(
-    recommender: Recommender, retrieval: Artifact, folder: Path, int8: bool
+    recommender: Recommender, retrieval: Artifact, folder: Path, int8: bool, saved_models: bool
 ) -> dict[str, Any]:
     """Everything but :data:`CONTENT`, which is returned."""
     engine = recommender.engine
     assert isinstance(engine, TensorFlowEngine)
-    with _steps(3) as step:
+    with _steps(4) as step:
         step("catalog")
         place = folder / "catalog"
         place.mkdir()
@@ -163,6 +170,9 @@ def _write(
         recommender.index.save(folder / "index")
         step("models")
         models = _write_models(recommender, engine, retrieval, folder / "litert", int8)
+        step("SavedModels")
+        if saved_models:
+            models |= _write_saved_models(recommender, folder)
         step("questions")
         Golden.ask(recommender).save(folder / "golden")
         step("")
@@ -224,6 +234,24 @@ def _write_models(
         }
         for name, blob in blobs.items()
         if blob is not None
+    }
+
+
+def _write_saved_models(recommender: Recommender, folder: Path) -> dict[str, Any]:
+    """The SavedModels, with requests to warm up by, and examples that were really answered."""
+    made = serving.save(recommender, folder / SERVING)
+    asked = serving.questions(recommender, made)
+    (folder / EXAMPLES).mkdir()
+    for name, inputs in asked.items():
+        place = folder / SERVING / name
+        serving.warm_up(place, name, inputs)
+        body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
+        write_json(folder / EXAMPLES / f"{name}.request.json", body)
+        answer = {"outputs": serving.as_rest(serving.answers(place, inputs))}
+        write_json(folder / EXAMPLES / f"{name}.response.json", answer)
+    return {
+        f"{SERVING}/{name}": {"file": f"{SERVING}/{name}", "runtime": "TensorFlow", **told}
+        for name, told in made.items()
     }
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tfrec.bundle import Bundle
-from tfrec.engines import recommender_of
+from tfrec.bundle import SERVING, Bundle
+from tfrec.engines import LiteRTEngine, recommender_of
+from tfrec.errors import SetupError
 from tfrec.golden import Golden
+from tfrec.recommender import Recommender
 
 FLOORS = {
     "cosine_min": 0.9999,
@@ -67,11 +70,33 @@ def run(folder: str | os.PathLike[str], version: int | None = None) -> list[Find
     recommender = recommender_of(found)
     again = Golden.answered(recommender, golden.texts, golden.requests, golden.candidates)
     int8 = bool(found.content["text_int8"])
-    return [
+    out = [
         finding
         for part, measures in golden.compare(again).items()
         for finding in _judged(part, measures, int8)
     ]
+    if (found.folder / SERVING).is_dir():
+        out += _saved_models(found, golden, recommender)
+    return out
+
+
+def _saved_models(found: Bundle, golden: Golden, recommender: Recommender) -> list[Finding]:
+    """The SavedModels, asked what they have a signature for; nothing without TensorFlow."""
+    try:
+        from tfrec.models import serving
+    except SetupError as error:
+        print(f"tfrec: the SavedModels were not run: {error}", file=sys.stderr)
+        return []
+    engine = recommender.engine
+    assert isinstance(engine, LiteRTEngine)
+    out = []
+    for model in sorted((found.folder / SERVING).iterdir()):
+        measures = serving.compared(model, golden, recommender, engine.tokenize)
+        for measure, value in measures.items():
+            bound = FLOORS.get(measure)
+            told = Finding(f"{model.name}, SavedModel", measure.replace("_", " "), value, bound)
+            out.append(told)
+    return out
 
 
 def _judged(part: str, measures: dict[str, float], int8: bool) -> Iterator[Finding]:

@@ -1,0 +1,260 @@
+"""SavedModels for TensorFlow Serving: what happens in their graphs is what happens in Python."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import checkerboard as board
+import numpy as np
+import pytest
+
+from tfrec.data.catalog import FeatureSchema, Users
+from tfrec.index import Ragged
+from tfrec.models import serving
+from tfrec.models.engine import load_recommender
+from tfrec.models.keras_bridge import tf
+from tfrec.recommender import Policy, Request
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def recommender(tmp_path_factory):
+    """One that reads texts and ranks; every part counts."""
+    found = load_recommender(board.trained(tmp_path_factory))
+    score = {"retrieval": 1.0, "linear": 2.0, "text": 0.5, "popularity": 0.3, "click": 1.0}
+    found.policy = replace(found.policy, score=score, newcomer=0.7)
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(recommender, tmp_path_factory):
+    """The folder of the SavedModels, and what they take and give."""
+    folder = tmp_path_factory.mktemp("serving")
+    return folder, serving.save(recommender, folder)
+
+
+def call(saved, model, signature="serving_default", **inputs):
+    loaded = tf.saved_model.load(str(saved[0] / model))
+    found = loaded.signatures[signature](**{k: tf.constant(v) for k, v in inputs.items()})
+    return {name: value.numpy() for name, value in found.items()}
+
+
+HISTORIES = [("i2", "i4", "nothing", "i6"), (), ("i1",), tuple(f"i{n}" for n in range(1, 21))]
+REQUESTS = [Request(history=history) for history in HISTORIES]
+
+
+def padded(rows, fill=""):
+    widest = max(len(row) for row in rows)
+    return np.array([[*row, *[fill] * (widest - len(row))] for row in rows], object)
+
+
+def test_queries_from_ids_are_those_of_the_recommender(recommender, saved):
+    asked, _ = recommender.asked(REQUESTS)
+    expected = recommender.queries(asked)
+    found = call(saved, "encode_query", history=padded(HISTORIES))["query"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    front = np.array([["", *row] for row in padded(HISTORIES)], object)
+    np.testing.assert_allclose(
+        call(saved, "encode_query", history=front)["query"], found, atol=1e-6
+    )
+    rows = np.array([[recommender.catalog.row(i) for i in row] for row in padded(HISTORIES)])
+    again = call(saved, "encode_query", "rows", history_rows=rows.astype(np.int32))["query"]
+    np.testing.assert_allclose(again, found, atol=1e-6)
+
+
+def full(recommender, users, shift=0):
+    """Inputs of the signature ``full`` that say all that is known of users."""
+    events = recommender.interactions
+    columns = {"history": [], "event": [], "rating": [], "timestamp": []}
+    for user in users:
+        place = slice(events.offsets[user], events.offsets[user + 1])
+        columns["history"].append([recommender.catalog.ids[i] for i in events.item[place]])
+        columns["event"].append([events.event_names[i] for i in events.event[place]])
+        columns["rating"].append(events.rating[place].tolist())
+        columns["timestamp"].append(events.timestamp[place].tolist())
+    out = {name: padded(rows) for name, rows in columns.items() if name in ("history", "event")}
+    out["rating"] = padded(columns["rating"], np.nan).astype(np.float32)
+    out["timestamp"] = padded(columns["timestamp"], 0).astype(np.int64)
+    out["profile"] = recommender.profile[users]
+    for column, name in serving.Columns("user", recommender.users).inputs.items():
+        cells = recommender.users.attributes[column]
+        out[name] = np.array([cells[user] for user in users], object)
+    return out
+
+
+def asked_for(saved, model, inputs):
+    wanted = saved[1][model]["signatures"]["full"]["inputs"]
+    return {name: value for name, value in inputs.items() if name in wanted}
+
+
+def test_events_ratings_times_and_profiles_are_read_as_in_training(recommender, saved):
+    users = np.arange(board.USERS, dtype=np.int32)
+    inputs = asked_for(saved, "encode_query", full(recommender, users))
+    assert {"event", "rating", "timestamp"} <= set(inputs)
+    expected = recommender.queries(recommender.who(recommender.interactions, users))
+    found = call(saved, "encode_query", "full", **inputs)["query"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    changed = {**inputs, "rating": np.full_like(inputs["rating"], np.nan)}
+    assert np.abs(call(saved, "encode_query", "full", **changed)["query"] - found).max() > 1e-3
+
+
+def test_retrieval_leaves_out_what_was_seen_and_what_is_excluded(recommender, saved):
+    exclude = [["i8", ""], ["i2", "i4"], ["", ""], ["unknown", "i22"]]
+    k = np.array([5, 3, 24, 10], np.int32)
+    found = call(
+        saved, "retrieve", history=padded(HISTORIES), exclude=np.array(exclude, object), k=k
+    )
+    asked, seen = recommender.asked(REQUESTS)
+    query = recommender.queries(asked)
+    assert found["item_id"].shape == (4, 24)
+    for row in range(4):
+        out = np.concatenate([seen.slice(row, row + 1).ids, recommender.catalog.rows(exclude[row])])
+        best = recommender.index.search(query[row : row + 1], int(k[row]), Ragged.of([out]))
+        ids = [recommender.catalog.ids[i] for i in best.ids[0] if i]
+        mine = [i.decode() for i in found["item_id"][row]]
+        assert mine[: len(ids)] == ids
+        assert set(mine[len(ids) :]) <= {""}
+        scores = found["score"][row, : len(ids)]
+        np.testing.assert_allclose(scores, best.scores[0, : len(ids)], rtol=1e-4)
+
+
+def test_the_score_of_the_whole_chain(recommender, saved):
+    users = np.arange(6, dtype=np.int32)
+    rows = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0], [9, 1, 2], [3, 4, 5], [24, 23, 22]], np.int32)
+    inputs = asked_for(saved, "rank", full(recommender, users))
+    candidates = np.array([[recommender.catalog.ids[i] for i in row] for row in rows], object)
+    found = call(saved, "rank", "full", candidates=candidates, **inputs)
+    asked = recommender.who(recommender.interactions, users)
+    query = recommender.queries(asked)
+    policy = recommender.policy
+    everything = replace(policy, score={**dict.fromkeys(policy.tasks, 1e-9), **policy.score})
+    parts = recommender.parts(asked, query, rows, everything)
+    for task in policy.tasks:
+        np.testing.assert_allclose(found[task], parts[task], atol=1e-5, err_msg=task)
+    expected = policy.total(parts)
+    expected += policy.prior(asked.events)[:, None] * recommender.popular(rows)
+    np.testing.assert_allclose(found["score"][rows > 0], expected[rows > 0], rtol=1e-4)
+    assert found["score"][2, 2] == np.finfo(np.float32).min
+
+
+def test_items_new_and_known(recommender, saved):
+    catalog = recommender.catalog
+    rows = np.array([3, 7, 24], np.int32)
+    given = {
+        name: np.array([catalog.attributes[column][row] for row in rows], object)
+        for column, name in serving.Columns("item", catalog).inputs.items()
+    }
+    text, features = recommender.text[rows], catalog.features[rows]
+    for ids, known in (([catalog.ids[row] for row in rows], rows), (["", "new", ""], rows * 0)):
+        found = call(saved, "encode_candidate", item_id=np.array(ids, object), text=text, **given)[
+            "vector"
+        ]
+        expected = recommender.engine.encode_candidate(text, features, known)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_texts(recommender, saved):
+    texts = ["the war of space ship", "love"]
+    encoder = recommender.engine.text_encoder
+    tokens, mask = encoder.tokenize(texts)
+    found = call(saved, "encode_text", token_ids=tokens, padding_mask=mask)["vector"]
+    np.testing.assert_allclose(found, encoder.encode(texts), atol=1e-5)
+
+
+def test_attributes_are_encoded_as_the_schema_does():
+    schema = FeatureSchema(
+        {"genre & mood": ("war", "love", "fun"), "empty": ()}, {"age": (30.0, 10.0)}
+    )
+    cells = {
+        "genre & mood": ("love|war", "fun", "nothing", "", "war|war"),
+        "age": ("20", "", "45.5", "0", "-1e1"),
+    }
+    cells["empty"] = ("",) * 5
+    table = Users(tuple("abcde"), tuple("abcde"), ("",) * 5, cells, schema)
+    columns = serving.Columns("user", table)
+    assert columns.inputs["genre & mood"] == "user_genre___mood"
+    given = {columns.inputs[name]: tf.constant(values) for name, values in cells.items()}
+    np.testing.assert_allclose(columns.encode(given, 5), table.features, atol=1e-6)
+    np.testing.assert_array_equal(columns.encode({}, 2), np.zeros((2, 4)))
+
+
+def test_a_model_holds_no_weights_that_it_does_not_use(saved):
+    def size(name):
+        return sum(path.stat().st_size for path in (saved[0] / name).rglob("*"))
+
+    loaded = tf.saved_model.load(str(saved[0] / "encode_text"))
+    words = max(int(np.prod(v.shape)) for v in loaded.used)
+    for name in ("encode_query", "retrieve", "encode_candidate", "rank"):
+        used = tf.saved_model.load(str(saved[0] / name)).used
+        assert all(int(np.prod(v.shape)) < words for v in used), name
+        assert size(name) > 0
+
+
+def test_they_load_where_there_is_tensorflow_and_nothing_else(saved, recommender, tmp_path):
+    """In a process that can import neither tfrec nor Keras, nor what is built on TensorFlow."""
+    asked = serving.questions(recommender, saved[1])
+    expected = {name: serving.answers(saved[0] / name, inputs) for name, inputs in asked.items()}
+    assert set(asked) == {"encode_query", "encode_text", "encode_candidate", "retrieve", "rank"}
+    told = {name: serving.as_rest(inputs) for name, inputs in asked.items()}
+    (tmp_path / "asked.json").write_text(json.dumps(told))
+    code = """
+import json, sys
+for name in ("tfrec", "keras", "tf_keras", "keras_hub", "tensorflow_text",
+             "tensorflow_recommenders", "scann"):
+    sys.modules[name] = None
+import tensorflow as tf
+out = {}
+for name, inputs in json.load(open("asked.json")).items():
+    f = tf.saved_model.load(f"{sys.argv[1]}/{name}").signatures["serving_default"]
+    specs = f.structured_input_signature[1]
+    found = f(**{k: tf.constant(v, specs[k].dtype) for k, v in inputs.items()})
+    out[name] = {k: v.numpy().astype(str if v.dtype == tf.string else float).tolist()
+                 for k, v in found.items()}
+json.dump(out, open("found.json", "w"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved[0])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if "KERAS" not in name},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, outputs in expected.items():
+        for key, values in outputs.items():
+            if values.dtype == object:
+                assert found[name][key] == serving.as_rest({key: values})[key]
+            else:
+                np.testing.assert_array_equal(np.float32(found[name][key]), values)
+
+
+def test_warm_up_requests_are_records_that_the_server_reads(saved, recommender, tmp_path):
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    inputs = serving.questions(recommender, saved[1])["retrieve"]
+    serving.warm_up(tmp_path, "retrieve", inputs)
+    path = tmp_path / "assets.extra" / "tf_serving_warmup_requests"
+    (record,) = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+    assert (request.model_spec.name, request.model_spec.signature_name) == (
+        "retrieve",
+        "serving_default",
+    )
+    given = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+    found = call(saved, "retrieve", **given)
+    expected = serving.answers(saved[0] / "retrieve", inputs)
+    np.testing.assert_array_equal(found["item_id"], expected["item_id"])
+
+
+def test_a_two_tower_alone(tmp_path_factory, tmp_path):
+    """No texts and no ranker: no models of these."""
+    found = load_recommender(board.trained(tmp_path_factory))
+    found.engine.ranker, found.policy = None, Policy()
+    told = serving.save(found, tmp_path)
+    assert "rank" not in told
+    answer = serving.answers(tmp_path / "encode_query", {"history": padded(HISTORIES)})
+    assert answer["query"].shape == (4, 8)

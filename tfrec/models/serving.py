@@ -1,0 +1,601 @@
+"""SavedModels for TensorFlow Serving: ids and words in, recommendations out, in stock operations.
+
+What happens on the host before a model in Python — looking ids up, cutting histories, encoding
+attributes, leaving out what was seen — is part of the graph here, so that a server needs nothing of
+tfrec, and sees what training saw.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfrec.data.catalog import FeatureSchema, Table
+from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
+from tfrec.errors import ArtifactError
+from tfrec.golden import Golden, cosines, difference
+from tfrec.models.engine import TensorFlowEngine
+from tfrec.models.keras_bridge import tf
+from tfrec.recommender import SCALARS, Recommender
+from tfrec.terminal import quiet
+
+Specs = Mapping[str, Any]
+Call = Callable[..., Mapping[str, Any]]
+
+DEFAULT = "serving_default"
+
+_DOUBLINGS = tuple(1 << power for power in range(1, GAP_BUCKETS - 2))
+
+
+def save(recommender: Recommender, folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes ``folder/<model>`` for every model that the recommender has.
+
+    Args:
+      recommender: One whose engine is a :class:`TensorFlowEngine`.
+      folder: Made if it is not there.
+
+    Returns:
+      Model -> ``inputs`` and ``outputs`` of each signature, and ``ops``: the libraries that its
+      operations need beside TensorFlow.
+    """
+    graph = Graph(recommender)
+    out: dict[str, dict[str, Any]] = {}
+    for name, signatures in graph.models().items():
+        functions = {key: _function(call, specs) for key, (call, specs) in signatures.items()}
+        traced = {key: function.get_concrete_function() for key, function in functions.items()}
+        module = tf.Module()
+        # What the functions use, and no more: a model without the BERT shall not hold it.
+        found = {id(v): v for function in traced.values() for v in function.variables}
+        module.used, module.tables = list(found.values()), graph.tables
+        with quiet():
+            tf.saved_model.save(module, str(folder / name), signatures=traced)
+        out[name] = {
+            "signatures": {key: _told(functions[key], traced[key]) for key in traced},
+            "ops": [],
+        }
+    return out
+
+
+class Graph:
+    """The recommendation chain of a recommender as functions of tensors.
+
+    Args:
+      recommender: One whose engine is a :class:`TensorFlowEngine`.
+    """
+
+    def __init__(self, recommender: Recommender) -> None:
+        engine = recommender.engine
+        assert isinstance(engine, TensorFlowEngine)
+        self._two_tower, self._ranker = engine.two_tower, engine.ranker
+        self._encoder = engine.text_encoder if recommender.text.shape[1] else None
+        catalog = recommender.catalog
+        self._policy, self._coding = recommender.policy, recommender.coding
+        self._items, self._users = Columns("item", catalog), Columns("user", recommender.users)
+        self._rows = _table(catalog.ids[1:], np.arange(1, len(catalog)), 0)
+        names = self._coding.event_names
+        self._events = _table(names, np.arange(2, 2 + len(names)), 1)
+        self._ids = tf.Variable(list(catalog.ids), trainable=False, name="ids")
+        self._vectors = _kept(recommender.vectors, "vectors")
+        self._text = _kept(recommender.text, "text")
+        self._features = _kept(catalog.features, "features")
+        self._described = _kept(recommender.described, "described")
+        self._log_popularity = _kept(np.log1p(recommender.popularity), "log_popularity")
+        linear = recommender.linear
+        self._linear = None if linear is None else _kept(linear.weights, "linear")
+        found = recommender.directions
+        self._directions = (
+            None if found is None else (_kept(found.mean, "mean"), _kept(found.matrix, "matrix"))
+        )
+
+    @property
+    def tables(self) -> list[Any]:
+        """The look-up tables that the functions use."""
+        columns = (*self._items.words.values(), *self._users.words.values())
+        return [self._rows, self._events, *columns]
+
+    def models(self) -> dict[str, dict[str, tuple[Call, Specs]]]:
+        """Model -> signature -> what it computes, and of what."""
+        history = {"history": _strings(2)}
+        full = {**history, **self._event_specs(), **self._profile_specs()}
+        rows = {"history_rows": tf.TensorSpec([None, None], tf.int32)}
+        limits = {"exclude": _strings(2), "k": tf.TensorSpec([None], tf.int32)}
+        candidates = {"candidates": _strings(2)}
+        out: dict[str, dict[str, tuple[Call, Specs]]] = {
+            "encode_query": {
+                DEFAULT: (self.encode_query, history),
+                "full": (self.encode_query, full),
+                "rows": (self.encode_query, rows),
+            },
+            "retrieve": {
+                DEFAULT: (self.retrieve, {**history, **limits}),
+                "full": (self.retrieve, {**full, **limits}),
+            },
+        }
+        if self._encoder is not None:
+            tokens = tf.TensorSpec([None, None], tf.int32)
+            out["encode_text"] = {
+                DEFAULT: (
+                    self.encode_text,
+                    {"token_ids": tokens, "padding_mask": tokens},
+                )
+            }
+        given: dict[str, Any] = {"item_id": _strings(1)}
+        if self._text.shape[1]:
+            given["text"] = tf.TensorSpec([None, self._text.shape[1]])
+        out["encode_candidate"] = {
+            DEFAULT: (self.encode_candidate, {**given, **self._items.specs()})
+        }
+        if self._ranker is not None:
+            out["rank"] = {
+                DEFAULT: (self.rank, {**history, **candidates}),
+                "full": (self.rank, {**full, **candidates}),
+            }
+        return out
+
+    # --- what the signatures compute ---
+
+    def encode_text(self, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
+        """``vector`` float32 (b, text width) of tokens int32 (b, t)."""
+        assert self._encoder is not None
+        return {"vector": self._encoder._vectors(token_ids, padding_mask)}
+
+    def encode_candidate(self, item_id: Any, text: Any = None, **attributes: Any) -> dict[str, Any]:
+        """``vector`` float32 (n, d) of items; an ``item_id`` (n,) that is not known has none."""
+        count = tf.shape(item_id)[0]
+        text = tf.zeros([count, 0]) if text is None else text
+        features = self._items.encode(attributes, count)
+        rows = self._rows.lookup(item_id)
+        known = self._two_tower.candidate_tower.num_rows
+        rows = tf.where(rows < known, rows, 0)
+        return {"vector": self._two_tower.candidate_tower(text, features, rows)}
+
+    def encode_query(self, **asked: Any) -> dict[str, Any]:
+        """``query`` float32 (b, d)."""
+        _, arrays, _ = self._asked(asked)
+        return {"query": self._two_tower(arrays, training=False)}
+
+    def retrieve(self, exclude: Any, k: Any, **asked: Any) -> dict[str, Any]:
+        """The ``k`` (b,) best items: ``item_id`` string and ``score`` float32 (b, largest k).
+
+        What is in the history or in ``exclude`` string (b, e) does not come. Where there are fewer
+        than k items, the id is empty and the score the lowest that there is.
+        """
+        rows, arrays, _ = self._asked(asked)
+        query = self._two_tower(arrays, training=False)
+        scores = tf.matmul(query, self._vectors, transpose_b=True)
+        # Row 0 stands for what is not known, and is no item.
+        nothing = tf.zeros([tf.shape(rows)[0], 1], tf.int32)
+        left_out = tf.concat([rows, self._rows.lookup(exclude), nothing], axis=1)
+        scores = _without(scores, left_out)
+        most = tf.minimum(tf.reduce_max(k), tf.shape(scores)[1])
+        best, found = tf.math.top_k(scores, most)
+        there = (best > scores.dtype.min) & (tf.range(most)[None] < k[:, None])
+        ids = tf.gather(self._ids, found)
+        return {
+            "item_id": tf.where(there, ids, tf.fill(tf.shape(ids), "")),
+            "score": tf.where(there, best, scores.dtype.min),
+        }
+
+    def rank(self, candidates: Any, **asked: Any) -> dict[str, Any]:
+        """What the ranker's tasks say of ``candidates`` string (b, c): float32 (b, c) each.
+
+        ``score`` is the weighted sum by which the recommender orders candidates: -inf, that is the
+        lowest number, for those that are not known.
+        """
+        history, arrays, people = self._asked(asked)
+        policy, ranker = self._policy, self._ranker
+        rows = self._rows.lookup(candidates)
+        query = self._two_tower(arrays, training=False)
+        vectors = tf.gather(self._vectors, rows)
+        retrieval = tf.einsum("bd,bcd->bc", query, vectors)
+        popularity = tf.gather(self._log_popularity, rows)
+        parts = {"retrieval": retrieval, "popularity": popularity}
+        parts["linear"] = self._linear_scores(history, rows)
+        if policy.uses("text") and self._text.shape[1]:
+            parts["text"] = self._text_scores(history, rows)
+        last, mask = _newest(history, policy.history)
+        scalars = {
+            "retrieval": retrieval,
+            "linear": parts["linear"],
+            "log_popularity": popularity,
+        }
+        assert ranker is not None
+        inputs = {
+            "query": query,
+            "history": tf.gather(self._vectors, last) * mask[:, :, None],
+            "history_mask": mask,
+            "candidates": vectors,
+            "attributes": tf.gather(self._features, rows),
+            "user_attributes": people["attributes"],
+            "text": tf.gather(self._described, rows),
+            "profile": self._read(people["profile"]),
+            "scalars": tf.stack([scalars[name] for name in SCALARS], axis=-1),
+        }
+        tasks = ranker(inputs, training=False)
+        parts |= tasks
+        score = tf.zeros_like(retrieval)
+        for name, weight in policy.score.items():
+            if weight and name in parts:
+                score += weight * parts[name]
+        events = tf.reduce_sum(tf.cast(history > 0, tf.float32), axis=1)
+        share = tf.exp(-events / policy.fade)
+        prior = tf.where(share > 0.01, policy.newcomer * share, 0.0)
+        score += prior[:, None] * popularity
+        return {**tasks, "score": tf.where(rows > 0, score, score.dtype.min)}
+
+    # --- histories and people ---
+
+    def _event_specs(self) -> dict[str, Any]:
+        tables = self._two_tower.query_tower.tables
+        out: dict[str, Any] = {}
+        if "rating" in tables:
+            out |= {"event": _strings(2), "rating": tf.TensorSpec([None, None])}
+        if {"gap", "next_gap"} & set(tables):
+            out["timestamp"] = tf.TensorSpec([None, None], tf.int64)
+        if "next_gap" in tables:
+            out["request_time"] = tf.TensorSpec([None], tf.int64)
+        return out
+
+    def _profile_specs(self) -> dict[str, Any]:
+        width = self._two_tower.widths[0]
+        profile = {"profile": tf.TensorSpec([None, width])} if width else {}
+        return {**profile, **self._users.specs()}
+
+    def _asked(self, asked: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Rows of the history int32 (b, h), the query tower's inputs, and who asks."""
+        rows = asked.get("history_rows")
+        rows = self._rows.lookup(asked["history"]) if rows is None else rows
+        count = tf.shape(rows)[0]
+        width, attributes_width = self._two_tower.widths
+        profile = asked.get("profile")
+        profile = tf.zeros([count, width]) if profile is None else profile
+        given = {n: v for n, v in asked.items() if n in self._users.specs()}
+        attributes = self._users.encode(given, count)[:, :attributes_width]
+        arrays = self._arrays(rows, asked)
+        arrays |= {"profile": profile[:, None], "attributes": attributes[:, None]}
+        return rows, arrays, {"profile": profile, "attributes": attributes}
+
+    def _arrays(self, rows: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """As :func:`tfrec.data.sequences.query_inputs`, from rows int32 (b, h); 0 is nothing."""
+        length, kept = self._two_tower.config.history, rows > 0
+        event = asked.get("event")
+        if event is None:
+            codes = tf.fill(tf.shape(rows), self._coding.events(self._coding.event_names[:1])[0])
+        else:
+            codes = self._events.lookup(event)
+        ratings = asked.get("rating")
+        buckets = tf.zeros_like(rows) if ratings is None else self._rating_buckets(ratings)
+        times = asked.get("timestamp")
+        times = tf.zeros(tf.shape(rows), tf.int64) if times is None else times
+        ragged = {
+            name: tf.ragged.boolean_mask(values, kept)
+            for name, values in {"item": rows, "event": codes, "rating": buckets}.items()
+        }
+        when = tf.ragged.boolean_mask(times, kept)
+        ragged["gap"] = when.with_flat_values(_gaps(when))
+        counts = ragged["item"].row_lengths()
+        start = tf.cast(counts < length, tf.int64)
+        first = tf.RaggedTensor.from_row_lengths(
+            tf.zeros([tf.reduce_sum(start)], tf.int32), start, validate=False
+        )
+        out = {
+            name: tf.concat([first, values[:, -length:]], axis=1).to_tensor(shape=[None, length])
+            for name, values in ragged.items()
+        }
+        tokens = tf.cast(tf.minimum(counts, length) + start, tf.int32)
+        grid = tf.range(length)[None]
+        inside = grid < tokens[:, None]
+        out["position"] = tf.where(inside, grid, 0)
+        out["segment"] = tf.cast(inside, tf.int32)
+        out["last"] = tokens - 1
+        out["next_gap"] = self._next_gaps(out, when, counts, asked.get("request_time"))
+        out["vectors"] = tf.gather(self._vectors, out["item"])
+        return out
+
+    def _next_gaps(self, arrays: Mapping[str, Any], when: Any, counts: Any, now: Any) -> Any:
+        segment, gap = arrays["segment"], arrays["gap"]
+        later = tf.where(segment[:, 1:] > 0, gap[:, 1:], 0)
+        out = tf.pad(later, [[0, 0], [0, 1]])
+        newest = tf.squeeze(when[:, -1:].to_tensor(shape=[None, 1]), axis=1)
+        passed = _buckets((newest if now is None else now) - newest)
+        told = tf.where(counts > 0, passed, 0)
+        here = tf.range(tf.shape(out)[1])[None] == arrays["last"][:, None]
+        return tf.where(here, told[:, None], out)
+
+    def _rating_buckets(self, ratings: Any) -> Any:
+        low, high = self._coding.rating_min, self._coding.rating_max
+        known = tf.math.is_finite(ratings)
+        scaled = (tf.where(known, ratings, low) - low) / max(high - low, 1e-9)
+        bucket = 1 + tf.floor(tf.clip_by_value(scaled, 0, 1) * (RATING_BUCKETS - 2))
+        return tf.where(known, tf.cast(bucket, tf.int32), 0)
+
+    # --- parts of the score ---
+
+    def _linear_scores(self, history: Any, rows: Any) -> Any:
+        if self._linear is None:
+            return tf.zeros(tf.shape(rows))
+        width = self._linear.shape[0]
+        met = tf.reduce_max(
+            tf.one_hot(tf.where(history < width, history, 0), width), axis=1
+        ) * tf.cast(tf.range(width) > 0, tf.float32)
+        scores = tf.matmul(met, self._linear)
+        known = rows < width
+        found = tf.gather(scores, tf.where(known, rows, 0), batch_dims=1)
+        return tf.where(known, found, 0.0)
+
+    def _text_scores(self, history: Any, rows: Any) -> Any:
+        length = self._policy.history
+        last, mask = _newest(history, length)
+        weight = mask * (self._policy.text_decay ** np.arange(length)[::-1]).astype(np.float32)
+        mixed = tf.einsum("bh,bhd->bd", weight, tf.gather(self._text, last))
+        words = mixed / tf.maximum(tf.norm(mixed, axis=1, keepdims=True), 1e-9)
+        return tf.einsum("bd,bcd->bc", words, tf.gather(self._text, rows))
+
+    def _read(self, vectors: Any) -> Any:
+        if self._directions is None or not vectors.shape[1]:
+            return vectors[:, :0]
+        mean, matrix = self._directions
+        told = tf.reduce_any(vectors != 0, axis=1, keepdims=True)
+        return tf.matmul(vectors - mean, matrix) * tf.cast(told, tf.float32)
+
+
+class Columns:
+    """Attributes by name, in a graph.
+
+    Args:
+      whose: ``item`` or ``user``: what the names of the inputs begin with.
+      table: Whose attributes.
+    """
+
+    def __init__(self, whose: str, table: Table) -> None:
+        self.schema: FeatureSchema = table.schema
+        self.inputs = {
+            column: re.sub(r"\W", "_", f"{whose}_{column}")
+            for column in (*self.schema.vocabularies, *self.schema.numeric)
+        }
+        self.words = {
+            column: _table(words, np.arange(len(words)), -1)
+            for column, words in self.schema.vocabularies.items()
+            if words
+        }
+
+    def specs(self) -> dict[str, Any]:
+        """Input -> string (n,): a cell, as it stands in the catalog."""
+        return {name: _strings(1) for name in self.inputs.values()}
+
+    def encode(self, cells: Mapping[str, Any], count: Any) -> Any:
+        """float32 (n, width), as :meth:`FeatureSchema.encode`; inputs that are not there: empty."""
+        out = [tf.zeros([count, 0])]
+        nothing = tf.fill([count], "")
+        for column, words in self.schema.vocabularies.items():
+            given = cells.get(self.inputs[column], nothing)
+            out.append(self._marks(column, given, len(words)))
+        for column, (mean, deviation) in self.schema.numeric.items():
+            given = cells.get(self.inputs[column], nothing)
+            told = given != ""
+            value = tf.strings.to_number(tf.where(told, given, "0"))
+            out.append(tf.where(told, (value - mean) / deviation, 0.0)[:, None])
+        return tf.concat(out, axis=1)
+
+    def _marks(self, column: str, cells: Any, width: int) -> Any:
+        if not width:
+            return tf.zeros([tf.shape(cells)[0], 0])
+        words = tf.strings.split(cells, self.schema.separator)
+        found = words.with_flat_values(self.words[column].lookup(words.flat_values))
+        dense = found.to_tensor(-1)
+        marks = tf.reduce_max(
+            tf.concat([tf.one_hot(dense, width), tf.zeros([tf.shape(cells)[0], 1, width])], axis=1),
+            axis=1,
+        )
+        known = tf.reduce_sum(marks, axis=1, keepdims=True)
+        return marks * tf.math.rsqrt(tf.maximum(known, 1.0))
+
+
+def _function(call: Call, specs: Specs) -> Any:
+    names = tuple(specs)
+    signature = [tf.TensorSpec(s.shape, s.dtype, name=name) for name, s in specs.items()]
+
+    def run(*values: Any) -> Any:
+        return call(**dict(zip(names, values, strict=True)))
+
+    return tf.function(run, input_signature=signature, autograph=False)
+
+
+def _told(function: Any, traced: Any) -> dict[str, Any]:
+    def plain(spec: Any) -> dict[str, Any]:
+        shape = [-1 if size is None else int(size) for size in spec.shape]
+        return {"shape": shape, "dtype": spec.dtype.name}
+
+    return {
+        "inputs": {spec.name: plain(spec) for spec in function.input_signature},
+        "outputs": {name: plain(value) for name, value in traced.structured_outputs.items()},
+    }
+
+
+def _strings(rank: int) -> Any:
+    return tf.TensorSpec([None] * rank, tf.string)
+
+
+def _kept(array: Any, name: str) -> Any:
+    """A variable, since a constant of a large catalog would not fit into a graph's file."""
+    return tf.Variable(np.asarray(array, np.float32), trainable=False, name=name)
+
+
+def _table(keys: Any, values: Any, default: int) -> Any:
+    initial = tf.lookup.KeyValueTensorInitializer(
+        tf.constant(list(keys), tf.string), tf.constant(values, tf.int32)
+    )
+    return tf.lookup.StaticHashTable(initial, default)
+
+
+def _without(scores: Any, rows: Any) -> Any:
+    """The scores (b, n), the lowest number in the columns int32 (b, e)."""
+    shape = tf.shape(rows)
+    user = tf.repeat(tf.range(shape[0]), shape[1])
+    cells = tf.stack([user, tf.reshape(rows, [-1])], axis=1)
+    lowest = tf.fill([shape[0] * shape[1]], scores.dtype.min)
+    return tf.tensor_scatter_nd_update(scores, cells, lowest)
+
+
+def _newest(rows: Any, length: int) -> tuple[Any, Any]:
+    """The last events of rows int32 (b, h), the newest in the last place: (b, length) and mask."""
+    kept = tf.ragged.boolean_mask(rows, rows > 0)[:, -length:]
+    turned = kept[:, ::-1].to_tensor(shape=[None, length])
+    last = tf.reverse(turned, axis=[1])
+    return last, tf.cast(last > 0, tf.float32)
+
+
+def _gaps(when: Any) -> Any:
+    """int32 buckets of the time since the event before; 0 for the first of a row."""
+    flat = when.flat_values
+    seconds = flat - tf.concat([flat[:1], flat[:-1]], axis=0)
+    place = tf.range(tf.size(flat, tf.int64)) - tf.gather(when.row_starts(), when.value_rowids())
+    return tf.where(place > 0, _buckets(seconds), 0)
+
+
+def _buckets(seconds: Any) -> Any:
+    """As :func:`tfrec.data.sequences.gap_bucket`."""
+    bounds = tf.constant(_DOUBLINGS, tf.int64)
+    doubling = tf.searchsorted(bounds, tf.reshape(seconds, [-1]), side="right")
+    bucket = tf.minimum(2 + doubling, GAP_BUCKETS - 1)
+    return tf.where(tf.reshape(seconds, [-1]) <= 0, 1, bucket)
+
+
+# --- for the server ---
+
+
+def questions(recommender: Recommender, models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Model -> inputs of its ``serving_default`` as NumPy arrays: two plausible requests."""
+    catalog = recommender.catalog
+    rows = [(i % catalog.num_items) + 1 for i in range(6)]
+    ids = [catalog.ids[row] for row in rows]
+    history = np.array([ids[:3], [*ids[:1], "", ""]], object)
+    out: dict[str, dict[str, Any]] = {
+        "encode_query": {"history": history},
+        "retrieve": {
+            "history": history,
+            "exclude": np.array([[ids[3]], [""]], object),
+            "k": np.array([5, 5], np.int32),
+        },
+        "rank": {"history": history, "candidates": np.array([ids[3:], ids[3:]], object)},
+        "encode_candidate": {
+            "item_id": np.array([ids[0], ""], object),
+            "text": recommender.text[rows[:2]],
+            **{
+                name: np.array([catalog.attributes[column][row] for row in rows[:2]], object)
+                for column, name in Columns("item", catalog).inputs.items()
+            },
+        },
+    }
+    if "encode_text" in models:
+        assert isinstance(recommender.engine, TensorFlowEngine)
+        texts = [catalog.texts[row] for row in rows[:2]]
+        tokens, mask = recommender.engine.text_encoder.tokenize(texts, role="passage")
+        out["encode_text"] = {"token_ids": tokens, "padding_mask": mask}
+    wanted = {name: set(told["signatures"][DEFAULT]["inputs"]) for name, told in models.items()}
+    return {
+        name: {key: array for key, array in out[name].items() if key in inputs}
+        for name, inputs in wanted.items()
+    }
+
+
+def warm_up(folder: Path, name: str, inputs: Mapping[str, Any]) -> None:
+    """Leaves a request where TensorFlow Serving looks for what to run before it serves a model."""
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+    place = folder / "assets.extra"
+    place.mkdir(exist_ok=True)
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = name, DEFAULT
+    for key, array in inputs.items():
+        request.inputs[key].CopyFrom(tf.make_tensor_proto(array))
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.CopyFrom(request)
+    with tf.io.TFRecordWriter(str(place / "tf_serving_warmup_requests")) as writer:
+        writer.write(log.SerializeToString())
+
+
+def answers(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the SavedModel in a folder answers: output -> NumPy array.
+
+    Raises:
+      ArtifactError: there is none, or it is damaged.
+    """
+    try:
+        model = tf.saved_model.load(str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(f"{folder} holds no SavedModel that loads: {reason}") from None
+    found = model.signatures[DEFAULT](**{key: tf.constant(a) for key, a in inputs.items()})
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def compared(
+    folder: Path,
+    golden: Golden,
+    recommender: Recommender,
+    tokenize: Callable[[Sequence[str]], Any],
+) -> dict[str, float]:
+    """How far a SavedModel is from the stored answers, in the words of :meth:`Golden.compare`.
+
+    Args:
+      folder: The SavedModel, whose name says which it is.
+      golden: The stored answers.
+      recommender: Knows the catalog, and the answers that ``golden`` does not hold.
+      tokenize: Texts -> token ids and padding mask, int32 (n, t).
+
+    Raises:
+      ArtifactError: the model does not load.
+    """
+    plain = [i for i, r in enumerate(golden.requests) if not r.user_id and not r.profile]
+    widest = max(len(golden.requests[i].history) for i in plain)
+    history = np.full((len(plain), max(widest, 1)), "", object)
+    for row, i in enumerate(plain):
+        history[row, : len(golden.requests[i].history)] = golden.requests[i].history
+    catalog = recommender.catalog
+    if folder.name == "encode_query":
+        found = answers(folder, {"history": history})["query"]
+        return cosines(golden.query[plain], found)
+    if folder.name == "retrieve":
+        asked, seen = recommender.asked([golden.requests[i] for i in plain])
+        k = 10
+        expected = recommender.index.search(recommender.queries(asked), k, seen).ids
+        limits = {
+            "exclude": np.full((len(plain), 1), "", object),
+            "k": np.full(len(plain), k, np.int32),
+        }
+        found = answers(folder, {"history": history, **limits})["item_id"]
+        mine = [{catalog.ids[row] for row in rows if row} for rows in expected]
+        shares = [
+            len(ids & {_text(i) for i in its}) / max(len(ids), 1)
+            for ids, its in zip(mine, found, strict=True)
+        ]
+        return {"overlap": float(np.mean(shares))}
+    if folder.name == "rank":
+        ids = np.array([[catalog.ids[row] for row in rows] for rows in golden.candidates], object)
+        found = answers(folder, {"history": history, "candidates": ids[plain]})
+        told = np.stack([found[task] for task in recommender.policy.tasks], axis=-1)
+        return difference(golden.tasks[plain], told)
+    if folder.name == "encode_text":
+        tokens, mask = tokenize(golden.texts)
+        found = answers(folder, {"token_ids": tokens, "padding_mask": mask})["vector"]
+        return cosines(golden.text, found)
+    return {}
+
+
+def as_rest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as TensorFlow Serving's REST API writes them, column by column."""
+    return {
+        name: np.vectorize(_text, otypes=[object])(array).tolist()
+        if array.dtype == object
+        else array.tolist()
+        for name, array in arrays.items()
+    }
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
