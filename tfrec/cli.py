@@ -465,17 +465,29 @@ def _add_verify(verbs: Verbs) -> None:
         help=purpose,
         description="Check the digest of every file of a bundle, and ask its models the questions "
         "whose answers by the trained models are stored in it.",
-        epilog=_examples(("the newest version", "tfrec verify bundles/movielens")),
+        epilog=_examples(
+            ("the newest version", "tfrec verify bundles/movielens"),
+            (
+                "and a TensorFlow Serving that runs it",
+                "tfrec verify bundles/movielens --tf-serving localhost:8500",
+            ),
+        ),
     )
     verb.set_defaults(handler=_verify)
     verb.add_argument("folder", metavar="BUNDLE", type=Path, help="the bundle")
     verb.add_argument("--version", type=_positive, metavar="N", help="which version (the newest)")
+    verb.add_argument(
+        "--tf-serving",
+        metavar="HOST:PORT",
+        help="ask the same of a TensorFlow Serving, by gRPC there and by REST at the next port",
+    )
+    verb.add_argument("--rest", metavar="HOST:PORT", help="where its REST API is instead")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from tfrec.stages import verify
 
-    found = verify.run(arguments.folder, arguments.version)
+    found = verify.run(arguments.folder, arguments.version, arguments.tf_serving, arguments.rest)
     for finding in found:
         bound = "" if finding.bound is None else f"  (bound {finding.bound:g})"
         state = "ok  " if finding.ok else "FAIL"

@@ -9,6 +9,7 @@ import sys
 import checkerboard as board
 import numpy as np
 import pytest
+from serving_server import serving_at
 
 from tfrec import bundle, cli
 from tfrec.artifact import Artifact, content_digest, file_digest, write_json
@@ -197,6 +198,36 @@ class TestForTensorFlowServing:
         told = capsys.readouterr().out
         for name in ("encode_query", "encode_text", "rank", "retrieve"):
             assert f"ok    {name}, SavedModel" in told
+
+    def test_verify_asks_a_server_by_grpc_and_by_rest(self, served, capsys):
+        with serving_at(served / "tf-serving") as (rpc, rest):
+            found = verify.run(served, server=rpc, rest=rest)
+            for name in ("encode_candidate", "encode_query", "encode_text", "rank", "retrieve"):
+                for way in (f"by gRPC of {rpc}", f"by REST of {rest}"):
+                    told = [f for f in found if f.model == f"{name}, {way}"]
+                    assert told, (name, way)
+                    assert all(f.ok for f in told)
+        asked = ["verify", str(served), "--tf-serving", rpc, "--rest", rest]
+        assert cli.main(asked) == 3
+        assert (
+            "does not answer for 'encode_candidate' by gRPC: UNAVAILABLE" in capsys.readouterr().err
+        )
+
+    def test_a_server_without_the_models_is_one_line(self, served, tmp_path):
+        with serving_at(tmp_path) as (rpc, rest):
+            with pytest.raises(SetupError, match="by gRPC: NOT_FOUND, Servable not found"):
+                verify.run(served, server=rpc, rest=rest)
+            with pytest.raises(SetupError, match="by REST: Servable not found"):
+                verify.run(served, rest=rest)
+
+    @pytest.mark.parametrize("address", ["localhost", ":8500", "localhost:x", "localhost:0"])
+    def test_what_is_no_address(self, served, address):
+        with pytest.raises(InputError, match=f"'{address}' is not HOST:PORT"):
+            verify.run(served, server=address)
+
+    def test_a_bundle_without_saved_models_has_nothing_to_ask_for(self, made):
+        with pytest.raises(InputError, match="exported with --no-saved-models"):
+            verify.run(made, server="localhost:8500")
 
     def test_one_that_does_not_load_is_one_line(self, served, tmp_path):
         shutil.copytree(served, tmp_path / "b", symlinks=True)

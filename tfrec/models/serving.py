@@ -7,6 +7,7 @@ tfrec, and sees what training saw.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from tfrec.data.catalog import FeatureSchema, Table
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
-from tfrec.errors import ArtifactError
+from tfrec.errors import ArtifactError, SetupError
 from tfrec.golden import Golden, cosines, difference
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.keras_bridge import tf
@@ -25,6 +26,8 @@ from tfrec.terminal import quiet
 
 Specs = Mapping[str, Any]
 Call = Callable[..., Mapping[str, Any]]
+Ask = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+"""Model and inputs of its ``serving_default`` -> its outputs, all NumPy arrays."""
 
 DEFAULT = "serving_default"
 
@@ -503,18 +506,25 @@ def questions(recommender: Recommender, models: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def warm_up(folder: Path, name: str, inputs: Mapping[str, Any]) -> None:
-    """Leaves a request where TensorFlow Serving looks for what to run before it serves a model."""
-    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+def request_of(name: str, inputs: Mapping[str, Any]) -> Any:
+    """A PredictRequest for the signature ``serving_default`` of a model."""
+    from tensorflow_serving.apis import predict_pb2
 
-    place = folder / "assets.extra"
-    place.mkdir(exist_ok=True)
     request = predict_pb2.PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = name, DEFAULT
     for key, array in inputs.items():
         request.inputs[key].CopyFrom(tf.make_tensor_proto(array))
+    return request
+
+
+def warm_up(folder: Path, name: str, inputs: Mapping[str, Any]) -> None:
+    """Leaves a request where TensorFlow Serving looks for what to run before it serves a model."""
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    place = folder / "assets.extra"
+    place.mkdir(exist_ok=True)
     log = prediction_log_pb2.PredictionLog()
-    log.predict_log.request.CopyFrom(request)
+    log.predict_log.request.CopyFrom(request_of(name, inputs))
     with tf.io.TFRecordWriter(str(place / "tf_serving_warmup_requests")) as writer:
         writer.write(log.SerializeToString())
 
@@ -534,8 +544,67 @@ def answers(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.numpy() for name, value in found.items()}
 
 
+def over_grpc(address: str, seconds: float = 10.0) -> Ask:
+    """Asks the models of a TensorFlow Serving at ``host:port`` by its gRPC service.
+
+    Raises, when it is used:
+      SetupError: there is no answer, or it is an error.
+    """
+    import grpc
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    service = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
+
+    def ask(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = service.Predict(request_of(name, inputs), timeout=seconds)
+        except grpc.RpcError as error:
+            reason = str(error.details()).partition("\n")[0]
+            raise SetupError(
+                f"{address} does not answer for '{name}' by gRPC: {error.code().name}, {reason}"
+            ) from None
+        assert isinstance(found, predict_pb2.PredictResponse)
+        return {key: tf.make_ndarray(tensor) for key, tensor in found.outputs.items()}
+
+    return ask
+
+
+def over_rest(address: str, seconds: float = 10.0) -> Ask:
+    """The same by its REST API.
+
+    Raises, when it is used:
+      SetupError: there is no answer, or it is an error.
+    """
+    import http.client
+
+    host, _, port = address.rpartition(":")
+
+    def ask(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        body = json.dumps({"signature_name": DEFAULT, "inputs": as_rest(inputs)})
+        connection = http.client.HTTPConnection(host, int(port), timeout=seconds)
+        try:
+            connection.request("POST", f"/v1/models/{name}:predict", body)
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise SetupError(f"{address} does not answer for '{name}' by REST: {reason}") from None
+        finally:
+            connection.close()
+        if answer.status != http.client.OK:
+            reason = str(told.get("error", answer.status)).partition("\n")[0]
+            raise SetupError(f"{address} does not answer for '{name}' by REST: {reason}")
+        outputs = told["outputs"]
+        # A model with one output is answered without its name.
+        outputs = outputs if isinstance(outputs, dict) else {"": outputs}
+        return {key: np.array(values) for key, values in outputs.items()}
+
+    return ask
+
+
 def compared(
-    folder: Path,
+    name: str,
+    ask: Ask,
     golden: Golden,
     recommender: Recommender,
     tokenize: Callable[[Sequence[str]], Any],
@@ -543,13 +612,15 @@ def compared(
     """How far a SavedModel is from the stored answers, in the words of :meth:`Golden.compare`.
 
     Args:
-      folder: The SavedModel, whose name says which it is.
+      name: Which of the models.
+      ask: Asks it, here or elsewhere.
       golden: The stored answers.
       recommender: Knows the catalog, and the answers that ``golden`` does not hold.
       tokenize: Texts -> token ids and padding mask, int32 (n, t).
 
     Raises:
       ArtifactError: the model does not load.
+      SetupError: it does not answer.
     """
     plain = [i for i, r in enumerate(golden.requests) if not r.user_id and not r.profile]
     widest = max(len(golden.requests[i].history) for i in plain)
@@ -557,10 +628,10 @@ def compared(
     for row, i in enumerate(plain):
         history[row, : len(golden.requests[i].history)] = golden.requests[i].history
     catalog = recommender.catalog
-    if folder.name == "encode_query":
-        found = answers(folder, {"history": history})["query"]
-        return cosines(golden.query[plain], found)
-    if folder.name == "retrieve":
+    if name == "encode_query":
+        found = ask(name, {"history": history})
+        return cosines(golden.query[plain], _only(found))
+    if name == "retrieve":
         asked, seen = recommender.asked([golden.requests[i] for i in plain])
         k = 10
         expected = recommender.index.search(recommender.queries(asked), k, seen).ids
@@ -568,23 +639,38 @@ def compared(
             "exclude": np.full((len(plain), 1), "", object),
             "k": np.full(len(plain), k, np.int32),
         }
-        found = answers(folder, {"history": history, **limits})["item_id"]
+        found = ask(name, {"history": history, **limits})["item_id"]
         mine = [{catalog.ids[row] for row in rows if row} for rows in expected]
         shares = [
             len(ids & {_text(i) for i in its}) / max(len(ids), 1)
             for ids, its in zip(mine, found, strict=True)
         ]
         return {"overlap": float(np.mean(shares))}
-    if folder.name == "rank":
+    if name == "rank":
         ids = np.array([[catalog.ids[row] for row in rows] for rows in golden.candidates], object)
-        found = answers(folder, {"history": history, "candidates": ids[plain]})
+        found = ask(name, {"history": history, "candidates": ids[plain]})
         told = np.stack([found[task] for task in recommender.policy.tasks], axis=-1)
         return difference(golden.tasks[plain], told)
-    if folder.name == "encode_text":
+    if name == "encode_candidate":
+        rows = range(1, 1 + len(golden.candidate))
+        given = {
+            key: np.array([catalog.attributes[column][row] for row in rows], object)
+            for column, key in Columns("item", catalog).inputs.items()
+        }
+        if recommender.text.shape[1]:
+            given["text"] = recommender.text[rows.start : rows.stop]
+        found = ask(name, {"item_id": np.full(len(rows), "", object), **given})
+        return cosines(golden.candidate, _only(found))
+    if name == "encode_text":
         tokens, mask = tokenize(golden.texts)
-        found = answers(folder, {"token_ids": tokens, "padding_mask": mask})["vector"]
-        return cosines(golden.text, found)
+        found = ask(name, {"token_ids": tokens, "padding_mask": mask})
+        return cosines(golden.text, _only(found))
     return {}
+
+
+def _only(outputs: Mapping[str, Any]) -> Any:
+    (values,) = outputs.values()
+    return np.asarray(values, np.float32)
 
 
 def as_rest(arrays: Mapping[str, Any]) -> dict[str, Any]:

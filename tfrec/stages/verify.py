@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tfrec.bundle import SERVING, Bundle
 from tfrec.engines import LiteRTEngine, recommender_of
-from tfrec.errors import SetupError
+from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
 from tfrec.recommender import Recommender
 
@@ -51,21 +52,34 @@ class Finding:
         )
 
 
-def run(folder: str | os.PathLike[str], version: int | None = None) -> list[Finding]:
+def run(
+    folder: str | os.PathLike[str],
+    version: int | None = None,
+    server: str | None = None,
+    rest: str | None = None,
+) -> list[Finding]:
     """Checks every digest of a version and asks its models the stored questions again.
 
     Args:
       folder: The bundle.
       version: Its number; None: the newest.
+      server: ``host:port`` of the gRPC service of a TensorFlow Serving that runs the bundle, which
+        is asked the same; None: none is.
+      rest: ``host:port`` of its REST API; None: the next port.
 
     Returns:
       What was found, good or bad.
 
     Raises:
       ArtifactError: a file is missing, changed or damaged, or the bundle is of a newer tfrec.
-      SetupError: LiteRT is not installed.
+      InputError: an address is not ``host:port``, or the bundle has no SavedModels to ask for.
+      SetupError: LiteRT is not installed, or the server does not answer.
     """
+    addresses = _addresses(server, rest)
     found = Bundle.load(folder, version)
+    names = sorted(path.name for path in (found.folder / SERVING).glob("*"))
+    if addresses and not names:
+        raise InputError(f"{folder} has no SavedModels: it was exported with --no-saved-models")
     golden = Golden.load(found.folder / "golden")
     recommender = recommender_of(found)
     again = Golden.answered(recommender, golden.texts, golden.requests, golden.candidates)
@@ -75,13 +89,35 @@ def run(folder: str | os.PathLike[str], version: int | None = None) -> list[Find
         for part, measures in golden.compare(again).items()
         for finding in _judged(part, measures, int8)
     ]
-    if (found.folder / SERVING).is_dir():
-        out += _saved_models(found, golden, recommender)
+    return out + _saved_models(found, names, golden, recommender, addresses)
+
+
+def _addresses(server: str | None, rest: str | None) -> dict[str, str]:
+    """Way -> host:port."""
+    out = {}
+    for way, address in (("gRPC", server), ("REST", rest)):
+        if address is None:
+            continue
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65535:
+            raise InputError(f"'{address}' is not HOST:PORT, such as localhost:8500")
+        out[way] = address
+    if list(out) == ["gRPC"]:
+        host, _, port = out["gRPC"].rpartition(":")
+        out["REST"] = f"{host}:{int(port) + 1}"
     return out
 
 
-def _saved_models(found: Bundle, golden: Golden, recommender: Recommender) -> list[Finding]:
-    """The SavedModels, asked what they have a signature for; nothing without TensorFlow."""
+def _saved_models(
+    found: Bundle,
+    names: Sequence[str],
+    golden: Golden,
+    recommender: Recommender,
+    addresses: Mapping[str, str],
+) -> list[Finding]:
+    """The SavedModels, here and on a server; nothing without TensorFlow."""
+    if not names:
+        return []
     try:
         from tfrec.models import serving
     except SetupError as error:
@@ -89,14 +125,21 @@ def _saved_models(found: Bundle, golden: Golden, recommender: Recommender) -> li
         return []
     engine = recommender.engine
     assert isinstance(engine, LiteRTEngine)
-    out = []
-    for model in sorted((found.folder / SERVING).iterdir()):
-        measures = serving.compared(model, golden, recommender, engine.tokenize)
-        for measure, value in measures.items():
-            bound = FLOORS.get(measure)
-            told = Finding(f"{model.name}, SavedModel", measure.replace("_", " "), value, bound)
-            out.append(told)
-    return out
+
+    def here(name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return serving.answers(found.folder / SERVING / name, inputs)
+
+    asked: dict[str, serving.Ask] = {"SavedModel": here}
+    ways = {"gRPC": serving.over_grpc, "REST": serving.over_rest}
+    asked |= {f"by {way} of {address}": ways[way](address) for way, address in addresses.items()}
+    return [
+        Finding(f"{name}, {where}", measure.replace("_", " "), value, FLOORS.get(measure))
+        for where, ask in asked.items()
+        for name in names
+        for measure, value in serving.compared(
+            name, ask, golden, recommender, engine.tokenize
+        ).items()
+    ]
 
 
 def _judged(part: str, measures: dict[str, float], int8: bool) -> Iterator[Finding]:
