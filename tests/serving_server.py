@@ -1,4 +1,4 @@
-"""A small TensorFlow Serving: the real service definitions, over SavedModels run in this process."""
+"""A small TensorFlow Serving: the real service definitions, over SavedModels run right here."""
 
 import http.server
 import json
