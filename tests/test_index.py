@@ -16,6 +16,7 @@ from tfrec.index import (
     ExactIndex,
     Ragged,
     ScannIndex,
+    ShardedIndex,
     TopK,
     load_index,
     make_index,
@@ -525,6 +526,67 @@ def test_an_index_of_another_kind_is_an_artifact_error(tmp_path):
     ExactIndex.build(_vectors(9), _ids(9)).save(tmp_path)
     with pytest.raises(ArtifactError, match="kind 'exact', not 'scann'"):
         ScannIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestShards:
+    @pytest.mark.parametrize("resident", [None, 1, 2])
+    def test_find_what_one_index_finds(self, kind, resident, tmp_path):
+        vectors, queries = _vectors(1000), _vectors(20, seed=1)
+        np.save(tmp_path / "vectors.npy", vectors)
+        index = ShardedIndex.build(
+            tmp_path / "vectors.npy", tmp_path / "index", kind=kind, shard_rows=300,
+            resident=resident,
+        )  # fmt: skip
+        exclude = Ragged.of(_vectors(20, 5, seed=2).argsort() + 1)
+        allow = np.arange(1, 700)
+        exact = ExactIndex.build(vectors, _ids(1000))
+        for told in ({}, {"exclude": exclude}, {"allow": allow}, {"allow": allow[:5]}):
+            found, expected = index.search(queries, 12, **told), exact.search(queries, 12, **told)
+            assert _recall(found.ids, expected.ids) >= (1 if kind == "exact" else 0.9)
+            assert ((found.ids > 0) == (expected.ids > 0)).all()
+        with pytest.raises(InputError, match="none of the 2 ids"):
+            index.search(queries, 3, allow=np.array([1001, 2000]))
+
+    def test_are_cut_from_blocks_of_any_length(self, kind, tmp_path):
+        vectors, ids = _vectors(100), 1000 - _ids(100)
+        blocks = (vectors[a:b] for a, b in [(0, 7), (7, 7), (7, 93), (93, 100)])
+        index = ShardedIndex.build(blocks, tmp_path, ids, kind=kind, shard_rows=40)
+        exact = ExactIndex.build(vectors, ids).search(vectors[:9], 100)
+        assert (index.search(vectors[:9], 100).ids == exact.ids).mean() > 0.99
+        assert len(list(tmp_path.glob("data-*/shard-*"))) == 3
+
+    def test_change_and_are_saved_as_one(self, kind, tmp_path):
+        index = ShardedIndex.build([_vectors(100)], tmp_path / "a", kind=kind, shard_rows=40)
+        query = 100 * np.eye(8, dtype=np.float32)
+        index.add(query[:2], np.array([500, 300], np.int32))
+        index.upsert(query[1:4], np.array([300, 5, 600], np.int32))
+        index.update(query[4:6], np.array([20, 90], np.int32))
+        index.remove(np.array([1, 99], np.int32))
+        for change, ids in (("add", [700, 20]), ("update", [20, 700]), ("remove", [20, 1])):
+            given = [] if change == "remove" else [query[:2]]
+            with pytest.raises(InputError, match=r"item (20|700|1) is"):
+                getattr(index, change)(*given, np.array(ids, np.int32))
+        index.save(tmp_path / "b")
+        loaded = load_index(tmp_path / "b")
+        held = [*sorted(set(range(1, 101)) - {1, 99}), 300, 500, 600]
+        assert loaded.ids.tolist() == index.ids.tolist() == held
+        assert loaded.search(query[:6], 1).ids.ravel().tolist() == [500, 300, 5, 600, 20, 90]
+
+    def test_that_stop_midway_leave_what_was_there(self, kind, tmp_path):
+        ShardedIndex.build([_vectors(50)], tmp_path, kind=kind, shard_rows=20)
+
+        def blocks():
+            yield _vectors(25)
+            raise OSError("the network is gone")
+
+        with pytest.raises(OSError, match="network"):
+            ShardedIndex.build(blocks(), tmp_path, kind=kind, shard_rows=20)
+        assert len(load_index(tmp_path).ids) == 50
+        with pytest.raises(InputError, match="25 vectors, 26 ids"):
+            ShardedIndex.build([_vectors(25)], tmp_path, _ids(26), kind="exact")
+        with pytest.raises(InputError, match="at least one vector"):
+            ShardedIndex.build([], tmp_path, kind=kind)
 
 
 def test_scores_that_are_not_numbers_are_refused():

@@ -14,6 +14,7 @@ from tfrec.index import disk, scann
 from tfrec.index.exact import ExactIndex, Index
 from tfrec.index.results import Floats, Ids, Ragged, TopK, top_k
 from tfrec.index.scann import ScannIndex
+from tfrec.index.shards import ShardedIndex
 from tfrec.index.store import Metric, Precision
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Index",
     "Ragged",
     "ScannIndex",
+    "ShardedIndex",
     "TopK",
     "load_index",
     "make_index",
@@ -66,24 +68,27 @@ def make_index(
     )
 
 
-def load_index(folder: str | os.PathLike[str], *, mapped: bool = False) -> ExactIndex | ScannIndex:
+def load_index(
+    folder: str | os.PathLike[str], *, mapped: bool = False
+) -> ExactIndex | ScannIndex | ShardedIndex:
     """Reads the index that lies in ``folder``, of whichever kind.
 
     Args:
       folder: What ``save`` was given.
       mapped: Whether vectors stay on disk until they are asked for or changed, and digests are not
-        checked.
+        checked; those of a sharded index always do.
 
     Raises:
       ArtifactError: there is none, or it is damaged.
     """
     kind = disk.read(folder, check=False)[0].get("kind")
+    if kind == ShardedIndex.kind:
+        return ShardedIndex.load(folder)
     classes: dict[str, type[ExactIndex] | type[ScannIndex]] = {
         "exact": ExactIndex,
         "scann": ScannIndex,
     }
     if kind not in classes:
-        raise ArtifactError(
-            f"{os.fspath(folder)} says kind '{kind}', and this tfrec knows {', '.join(classes)}"
-        )
+        known = ", ".join([*classes, ShardedIndex.kind])
+        raise ArtifactError(f"{os.fspath(folder)} says kind '{kind}', and this tfrec knows {known}")
     return classes[str(kind)].load(folder, mapped=mapped)

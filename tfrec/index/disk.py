@@ -48,6 +48,7 @@ def write(
             listing = {
                 path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(data.iterdir())
+                if path.is_file()
             }
             content = {"format": FORMAT, **about, "data": data.name, "files": listing}
             write_json(target / NAME, content)

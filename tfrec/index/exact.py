@@ -131,17 +131,44 @@ class StoredIndex:
         """See :meth:`Index.remove`."""
         ids = np.unique(whole_numbers(ids)).astype(np.int32)
         with self._gate.writing():
-            _refuse(ids[self._store.places(ids) < 0], "is not in the index; nothing was removed")
+            refuse(ids[self._store.places(ids) < 0], "is not in the index; nothing was removed")
             self._drop(ids)
+
+    def holds(self, ids: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """bool (m,): which of these ids the index holds."""
+        with self._gate.reading():
+            return self._store.places(whole_numbers(ids)) >= 0
+
+    def check(self, vectors: Floats, ids: Ids) -> None:
+        """Refuses vectors and ids that do not fit.
+
+        Raises:
+          InputError: they do not.
+        """
+        self._store.checked(vectors, ids)
+
+    def search(
+        self,
+        queries: Floats,
+        k: int,
+        exclude: Ragged | None = None,
+        allow: NDArray[np.integer] | None = None,
+    ) -> TopK:
+        """See :meth:`Index.search`."""
+        raise NotImplementedError
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """See :meth:`Index.save`."""
+        raise NotImplementedError
 
     def _change(self, vectors: Floats, ids: Ids, held: bool | None) -> None:
         vectors, ids = self._store.checked(vectors, ids)
         with self._gate.writing():
             there = self._store.places(ids) >= 0
             if held is False:
-                _refuse(ids[there], "is in the index already; use update or upsert")
+                refuse(ids[there], "is in the index already; use update or upsert")
             if held is True:
-                _refuse(ids[~there], "is not in the index; use add or upsert")
+                refuse(ids[~there], "is not in the index; use add or upsert")
             if len(ids):
                 self._put(vectors, ids)
 
@@ -352,7 +379,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _refuse(ids: Ids, what: str) -> None:
+def refuse(ids: Ids, what: str) -> None:
+    """Says what is wrong with these ids, if there are any.
+
+    Raises:
+      InputError: there are.
+    """
     if len(ids):
         more = f" (and {len(ids) - 1} more)" if len(ids) > 1 else ""
         raise InputError(f"item {ids[0]}{more} {what}")

@@ -21,8 +21,8 @@ from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.index import disk
 from tfrec.index.exact import StoredIndex, allowed_places, nearest
 from tfrec.index.results import Floats, Ids, Ragged, TopK, is_listed, merged
-from tfrec.index.store import Metric, Precision, Store
-from tfrec.index.tuner import Layout, Plan, Tuned, plan_for, tune
+from tfrec.index.store import Metric, Precision, Store, room
+from tfrec.index.tuner import Layout, Plan, Tuned, plan_for, suited, tune
 
 LEAST = 16
 """Fewer vectors than this ScaNN cannot be trained on."""
@@ -345,9 +345,8 @@ def train(
     """
     if not 0 < recall < 1:
         raise InputError(f"recall is above 0 and below 1, and got {recall}")
-    vectors = np.ascontiguousarray(store.rows(slice(None)))
-    layout = layout or Layout.suited(store)
-    searcher = _trained(vectors, layout, store.precision)
+    layout = layout or suited(store, recall, queries, _trained)
+    searcher = _trained(store, layout)
     tuned = tune(searcher, store, layout, recall, queries)
     warm(searcher, store)
     return searcher, layout, tuned
@@ -376,12 +375,14 @@ def replay(journal: list[tuple[Floats | None, Ids]], store: Store, searcher: Any
 
 def warm(searcher: Any, store: Store) -> None:
     """The first change takes ScaNN about half a second for a million vectors; so, before it."""
+    searcher.reserve(room(len(store)))
     searcher.upsert([None], store.rows(slice(0, 1)), 1)
     searcher.delete([len(store)])
 
 
-def _trained(vectors: Floats, layout: Layout, precision: Precision) -> Any:
+def _trained(store: Store, layout: Layout) -> Any:
     scann = _builder()
+    vectors = np.ascontiguousarray(store.rows(slice(None)))
     candidates = min(300, len(vectors))
     builder = scann.ScannBuilder(vectors, min(100, len(vectors)), "dot_product")
     builder.tree(
@@ -394,7 +395,7 @@ def _trained(vectors: Floats, layout: Layout, precision: Precision) -> Any:
         anisotropic_quantization_threshold=0.2,
         training_sample_size=min(len(vectors), layout.sample),
     )
-    builder.reorder(candidates, scann.ReorderType[precision.upper()])
+    builder.reorder(candidates, scann.ReorderType[store.precision.upper()])
     return _native().ScannNumpy(vectors, builder.create_config(), 0)
 
 

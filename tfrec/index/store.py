@@ -55,6 +55,7 @@ class Store:
             raise InputError("an index takes vectors of at least one number, and got none")
         self._data, self._scales = _encoded(self._scaled(vectors), precision)
         self._take_ids(ids)
+        self._reserve(room(self._n))
 
     @classmethod
     def of_parts(
@@ -85,13 +86,15 @@ class Store:
         store.metric, store.precision = metric, precision
         store._data, store._scales = data, scales
         store._take_ids(ids)
+        if data.flags.writeable:
+            store._reserve(room(len(ids)))
         return store
 
     def _take_ids(self, ids: Ids) -> None:
         self._ids = ids.astype(np.int32)
         self._n = len(ids)
         # Place + 1, so that zeros, which the system hands out for nothing, say "not held".
-        self._table = np.zeros(int(ids.max(initial=0)) + 1, np.int32)
+        self._table = np.zeros(room(int(ids.max(initial=0))), np.int32)
         self._table[ids] = np.arange(1, self._n + 1)
         self._ascending: Ids | None = None
 
@@ -136,9 +139,13 @@ class Store:
 
     def copy(self) -> Store:
         """Another store of the same."""
+        return self.sample(np.arange(self._n))
+
+    def sample(self, places: NDArray[np.int64]) -> Store:
+        """Another store of the items in these places."""
         data, scales, ids = self.parts()
-        copied = None if scales is None else scales.copy()
-        return Store.of_parts(np.array(data), copied, ids.copy(), self.metric, self.precision)
+        some = None if scales is None else scales[places]
+        return Store.of_parts(data[places], some, ids[places], self.metric, self.precision)
 
     def checked(self, vectors: Floats, ids: Ids) -> tuple[Floats, Ids]:
         """Vectors and ids to put in, once they are known to fit; scaled to length 1 for cosine.
@@ -210,13 +217,14 @@ class Store:
     def _make_room(self, more: int, highest: int) -> None:
         wanted = self._n + more
         if wanted > len(self._data) or not self._data.flags.writeable:
-            # Half as much again, so that adding one by one copies each vector about twice.
-            size = max(wanted, len(self._data) * 3 // 2) if more else wanted
-            self._data = _longer(self._data, size)
-            self._ids = _longer(self._ids, size)
-            self._scales = None if self._scales is None else _longer(self._scales, size)
+            self._reserve(room(wanted))
         if highest >= len(self._table):
-            self._table = _longer(self._table, max(highest + 1, len(self._table) * 3 // 2))
+            self._table = _longer(self._table, room(highest))
+
+    def _reserve(self, size: int) -> None:
+        self._data = _longer(self._data, size)
+        self._ids = _longer(self._ids, size)
+        self._scales = None if self._scales is None else _longer(self._scales, size)
 
 
 class Gate:
@@ -256,6 +264,14 @@ class Gate:
             with self._changed:
                 self._written = False
                 self._changed.notify_all()
+
+
+def room(n: int) -> int:
+    """For how many places to make room: adding one by one seldom copies what is there.
+
+    What is not used takes no memory on systems that hand out pages when they are first written.
+    """
+    return n + n // 2 + 16
 
 
 def whole_numbers(ids: NDArray[np.integer]) -> NDArray[np.integer]:

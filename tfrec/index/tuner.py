@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ DEPTHS = (10, 100)
 """The k for which a search is tuned; what lies between is interpolated."""
 
 _QUERIES = 600
+# Vectors on which layouts are compared; below the least, comparing is not worth the time.
+_PILOT = 125_000
+_LEAST_PILOT = 20_000
 # Candidates for each result, from the most: each step is tried while it makes searching faster.
 _SHARES = (64, 40, 25, 16, 10, 7, 5, 3.5, 2.5, 1.8, 1.4, 1.15)
 _STEP = 1.3
@@ -35,13 +39,8 @@ class Layout:
     """
 
     leaves: int
-    numbers_a_code: int = 2
+    numbers_a_code: int = 1
     sample: int = 100_000
-
-    @classmethod
-    def suited(cls, store: Store) -> Self:
-        """About sqrt(n) leaves."""
-        return cls(max(1, round(math.sqrt(len(store)))))
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,43 @@ def plan_for(tuned: Tuned, k: int) -> Plan:
     )
 
 
+def suited(
+    store: Store, target: float, queries: Floats | None, build: Callable[[Store, Layout], Any]
+) -> Layout:
+    """Chooses what to train: about sqrt(n) leaves, and how many numbers share a code.
+
+    Each way is trained on some of the vectors and tuned there, and the faster one taken. The j-th
+    best of a share s of the vectors scores about as the j/s-th best of all, so that the k looked
+    for and the leaves shrink with the share.
+
+    Args:
+      store: The vectors.
+      target: As for :func:`tune`.
+      queries: As for :func:`tune`.
+      build: Trains a searcher.
+    """
+    n = len(store)
+    leaves = max(1, round(math.sqrt(n)))
+    if n < _LEAST_PILOT or store.width < 2:
+        return Layout(leaves)
+    rng = np.random.default_rng(0)
+    size = min(n, _PILOT)
+    pilot = store.sample(np.sort(rng.choice(n, size, replace=False)))
+    asked = _sampled(pilot, queries, rng)
+    depths = [max(1, round(depth * size / n)) for depth in DEPTHS]
+    truth = pilot.places(nearest(pilot, asked, max(depths), threads=2).ids)
+
+    def seconds(numbers: int) -> float:
+        layout = Layout(max(1, round(leaves * size / n)), numbers)
+        searcher = build(pilot, layout)
+        trials = [Trial(searcher, asked, truth[:, :depth]) for depth in depths]
+        return math.prod(_fastest(trial, layout, size, target)[1] for trial in trials)
+
+    with ThreadPoolExecutor(2) as pool:
+        took = dict(zip((1, 2), pool.map(seconds, (1, 2)), strict=True))
+    return Layout(leaves, min(took, key=lambda numbers: took[numbers]))
+
+
 def tune(
     searcher: Any, store: Store, layout: Layout, target: float, queries: Floats | None = None
 ) -> Tuned:
@@ -107,11 +143,7 @@ def tune(
     """
     if not 0 < target < 1:
         raise InputError(f"recall is above 0 and below 1, and got {target}")
-    rng = np.random.default_rng(0)
-    given = queries if queries is not None and len(queries) else None
-    pool = len(store) if given is None else len(given)
-    rows = np.sort(rng.choice(pool, min(_QUERIES, pool), replace=False))
-    asked = rng.permutation(store.rows(rows) if given is None else given[rows])
+    asked = _sampled(store, queries, np.random.default_rng(0))
     depths = sorted({min(depth, len(store)) for depth in DEPTHS})
     truth = store.places(nearest(store, asked, depths[-1], threads=2).ids)
     half = max(1, len(asked) // 2)
@@ -119,9 +151,17 @@ def tune(
     for depth in depths:
         choosing = Trial(searcher, asked[:half], truth[:half, :depth])
         judging = Trial(searcher, asked[half:], truth[half:, :depth])
-        plan = _fastest(choosing, layout, len(store), target)
+        plan, _ = _fastest(choosing, layout, len(store), target)
         plans[depth] = _judged(judging if len(asked) > half else choosing, plan, layout, target)
-    return Tuned(target, plans, None if given is None else given[rows])
+    return Tuned(target, plans, None if queries is None else asked)
+
+
+def _sampled(store: Store, queries: Floats | None, rng: np.random.Generator) -> Floats:
+    """Some queries: of those given, or else some of the vectors."""
+    given = queries if queries is not None and len(queries) else None
+    pool = len(store) if given is None else len(given)
+    rows = rng.choice(pool, min(_QUERIES, pool), replace=False)
+    return store.rows(rows) if given is None else given[rows]
 
 
 class Trial:
@@ -150,7 +190,7 @@ class Trial:
         return float(np.count_nonzero(right) / self._truth.size), took
 
 
-def _fastest(trial: Trial, layout: Layout, n: int, target: float) -> Plan:
+def _fastest(trial: Trial, layout: Layout, n: int, target: float) -> tuple[Plan, float]:
     """Fewer and fewer candidates, each with as few leaves as do, until that is no faster."""
     k = trial._truth.shape[1]
     counts = [min(n, math.ceil(k * share)) for share in _SHARES]
@@ -169,8 +209,11 @@ def _fastest(trial: Trial, layout: Layout, n: int, target: float) -> Plan:
         if step >= len(ladder):
             break
     if best is None:  # out of reach for the codes: everything they can give
-        return Plan(layout.leaves, counts[0], trial.run(layout.leaves, counts[0])[0])
-    return _trimmed(trial, best, ladder, target)
+        recall, took = trial.run(layout.leaves, counts[0])
+        return Plan(layout.leaves, counts[0], recall), took
+    best = _trimmed(trial, best, ladder, target)
+    took = min(trial.run(best.leaves, best.candidates)[1] for _ in range(3))
+    return best, took
 
 
 def _lowest(trial: Trial, ladder: Sequence[int], candidates: int, target: float) -> int:
