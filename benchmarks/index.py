@@ -49,7 +49,7 @@ SIDES = ("tfrec", "hnswlib", "faiss-ivf", "faiss-hnsw", "numpy")
 CORES = 2
 EFS = dict.fromkeys(KS, (100, 150, 220, 330, 500, 750, 1100, 1700, 2500, 4000))
 LISTS = dict.fromkeys(
-    KS, tuple((p, r) for r in (2, 5, 12, 30) for p in (8, 14, 25, 45, 80, 140, 250))
+    KS, tuple((p, r) for r in (2, 5, 12, 30, 80) for p in (8, 14, 25, 45, 80, 140, 250, 450))
 )
 
 
@@ -64,7 +64,10 @@ def events(raw: Path) -> tuple[np.ndarray, np.ndarray]:
     from implicit.cpu.als import AlternatingLeastSquares
     from threadpoolctl import threadpool_limits
 
-    plain, packed = raw / "ml-1m" / "ratings.dat", raw / "ml-1m" / "ratings.dat.gz"
+    from tfrec.data import sources
+
+    films = raw / "ml-1m" if raw.name else sources.fetch("movielens-1m", None)
+    plain, packed = films / "ratings.dat", films / "ratings.dat.gz"
     text = plain.read_text() if plain.exists() else gzip.decompress(packed.read_bytes()).decode()
     pairs = np.array([line.split("::")[:2] for line in text.splitlines()], np.int64)
     users, items = (np.unique(column, return_inverse=True)[1] for column in pairs.T)
@@ -326,7 +329,7 @@ class Side:
 def peers(name: str, told: argparse.Namespace) -> dict[str, Any]:
     folder = prepared(name, told)
     python = told.peer_python or peer_python()
-    sides = [Side(s, sys.executable if s == "tfrec" else python, folder) for s in SIDES]
+    sides = [Side(s, sys.executable if s == "tfrec" else python, folder) for s in told.sides]
     built = {side.name: side.about["took"] for side in sides if side.name != "numpy"}
     rows = []
     for k in KS:
@@ -549,10 +552,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--raw", required=True, help="holds ml-1m and amazon-scientific")
+    parser.add_argument(
+        "--raw", default="", help="holds ml-1m and amazon-scientific; else events alone, fetched"
+    )
     parser.add_argument("--out", default="saved_models/benchmarks/index", help="results, vectors")
     parser.add_argument("--sets", nargs="+", default=["events", "texts"])
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--n", type=int, default=1_000_000, help="vectors of a set")
     parser.add_argument("--large", type=int, default=10_000_000, help="vectors in shards")
     parser.add_argument("--shard-rows", type=int, default=2_000_000, help="vectors of a shard")
@@ -565,7 +571,12 @@ def main() -> None:
     print(f"{processor()}; load {os.getloadavg()[0]:.1f} when it began", flush=True)
     for step in told.steps:
         for name in told.sets[: 1 if step == "large" else None]:
-            key = f"{step} {name} {told.large if step == 'large' else told.n}"
+            if name.startswith("texts") and not told.raw:
+                print(f"{name} left out: its texts are not fetched, and --raw names none")
+                continue
+            some = told.sides if step == "peers" and told.sides != list(SIDES) else []
+            size = told.large if step == "large" else told.n
+            key = " ".join([step, *some, name, str(size)])
             if key not in found:
                 load = os.getloadavg()[0]
                 found[key] = {"processor": processor(), "load": load} | STEPS[step](name, told)

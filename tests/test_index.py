@@ -204,6 +204,16 @@ def test_any_changes_leave_what_an_index_of_the_result_would_hold(kind, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ids_may_come_in_any_order_from_either_side(kind):
+    index = make_index(_vectors(20), 20_000_000 - _ids(20), kind)
+    index.add(_vectors(5, seed=1), np.array([20_000_900, 19_000_000, 7, 2, 3], np.int32))
+    index.remove(np.array([7, 19_999_999], np.int32))
+    expected = [2, 3, 19_000_000, *range(19_999_980, 19_999_999), 20_000_900]
+    assert index.ids.tolist() == expected
+    assert sorted(index.search(_vectors(1), 23).ids[0]) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_emptied_index_finds_nothing_and_can_be_filled_again(kind):
     index = make_index(_vectors(20), _ids(20), kind)
     index.remove(_ids(20))

@@ -27,8 +27,8 @@ class Store:
 
     Args:
       vectors: float32 (n, dim), finite.
-      ids: int32 (n,), unique, all above 0. A table of four bytes is kept for each number up to
-        the highest, which are few where ids are catalog rows.
+      ids: int32 (n,), unique, all above 0. A table of four bytes is kept for each number from
+        the lowest to the highest, which are few where ids are catalog rows.
       metric: ``cosine`` scales all vectors and queries to length 1.
       precision: What a number is kept in.
 
@@ -93,10 +93,19 @@ class Store:
     def _take_ids(self, ids: Ids) -> None:
         self._ids = ids.astype(np.int32)
         self._n = len(ids)
-        # Place + 1, so that zeros, which the system hands out for nothing, say "not held".
-        self._table = np.zeros(room(int(ids.max(initial=0))), np.int32)
-        self._table[ids] = np.arange(1, self._n + 1)
+        self._list_places()
         self._ascending: Ids | None = None
+
+    def _list_places(self, *more: int) -> None:
+        """Makes the table id - lowest -> place + 1, with room for more ids.
+
+        Zeros, which the system hands out for nothing, say "not held".
+        """
+        ids = np.append(self.ids, np.array(more, np.int64)).astype(np.int64)
+        self._lowest = int(ids.min(initial=np.iinfo(np.int32).max)) if len(ids) else 1
+        span = int(ids.max(initial=0)) - self._lowest + 1
+        self._table = np.zeros(max(span, 0) + room(self._n) - self._n, np.int32)
+        self._table[self.ids - self._lowest] = np.arange(1, self._n + 1)
 
     def __len__(self) -> int:
         return self._n
@@ -120,8 +129,9 @@ class Store:
 
     def places(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
         """int64 like ``ids``: their places; -1 for ids that are not held."""
-        inside = (ids >= 0) & (ids < len(self._table))
-        return self._table[np.where(inside, ids, 0)].astype(np.int64) - 1
+        cells = ids.astype(np.int64) - self._lowest
+        inside = (cells >= 0) & (cells < len(self._table))
+        return np.where(inside, self._table[np.where(inside, cells, 0)].astype(np.int64) - 1, -1)
 
     def rows(self, places: slice | NDArray[np.int64]) -> Floats:
         """float32 (m, dim): the vectors in these places, as far as their precision tells."""
@@ -181,7 +191,10 @@ class Store:
         """Adds or replaces vectors that :meth:`checked` gave; returns the places that were held."""
         places = self.places(ids)
         new = places < 0
-        self._make_room(int(np.count_nonzero(new)), int(ids.max(initial=0)))
+        self._make_room(int(np.count_nonzero(new)))
+        low, high = int(ids.min()), int(ids.max())
+        if low < self._lowest or high - self._lowest >= len(self._table):
+            self._list_places(low, high)
         held = [None if place < 0 else int(place) for place in places]
         places[new] = self._n + np.arange(np.count_nonzero(new))
         self._n += int(np.count_nonzero(new))
@@ -189,21 +202,21 @@ class Store:
         if self._scales is not None:
             self._scales[places] = scales
         self._ids[places[new]] = ids[new]
-        self._table[ids] = places + 1
+        self._table[ids - self._lowest] = places + 1
         if new.any():
             self._ascending = None
         return held
 
     def drop(self, id_: int) -> int:
         """Takes an item out that is held; the last one moves to its place, which is returned."""
-        place, last = int(self._table[id_]) - 1, self._n - 1
-        self._make_room(0, 0)
+        place, last = int(self._table[id_ - self._lowest]) - 1, self._n - 1
+        self._make_room(0)
         moved = self._ids[last]
         self._data[place], self._ids[place] = self._data[last], moved
         if self._scales is not None:
             self._scales[place] = self._scales[last]
-        self._table[moved] = place + 1
-        self._table[id_] = 0
+        self._table[moved - self._lowest] = place + 1
+        self._table[id_ - self._lowest] = 0
         self._n -= 1
         self._ascending = None
         return place
@@ -214,12 +227,10 @@ class Store:
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
-    def _make_room(self, more: int, highest: int) -> None:
+    def _make_room(self, more: int) -> None:
         wanted = self._n + more
         if wanted > len(self._data) or not self._data.flags.writeable:
             self._reserve(room(wanted))
-        if highest >= len(self._table):
-            self._table = _longer(self._table, room(highest))
 
     def _reserve(self, size: int) -> None:
         self._data = _longer(self._data, size)
