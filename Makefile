@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
 
-.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain clean
+.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain bench-index clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an enviro
 bench-pretrain: $(TRAIN) ## pretraining beside RecTools' BERT4Rec, encoding beside a plain tf.function
 	$(BIN)/python benchmarks/train_throughput.py --masked $(BENCH)
 	$(BIN)/python benchmarks/encode.py $(BENCH)
+
+bench-index: $(TRAIN) ## the vector index beside hnswlib and faiss: make bench-index BENCH="--raw DIR"
+	$(BIN)/python benchmarks/index.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 

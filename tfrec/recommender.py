@@ -534,7 +534,11 @@ class Recommender:
         words = evidence.words
         if words is not None:
             everything = index is self.index
-            near = self.text_index if everything else ExactIndex(self.text[index.ids], index.ids)
+            near: Index
+            if everything:
+                near = self.text_index
+            else:
+                near = ExactIndex.build(self.text[index.ids], index.ids)
             alike = near.search(words, count, exclude).ids
             found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
         few = np.flatnonzero(policy.prior(asked.events))
