@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tfrec.artifact import Artifact, below
+from tfrec.bundle import VERSIONS, is_bundle
 from tfrec.config import Config
 from tfrec.errors import ArtifactError
 
@@ -20,7 +21,8 @@ def describe(folder: Path) -> Iterator[str]:
       ArtifactError: there is none, one is unfinished or of another version, or bytes changed.
     """
     folder = Path(folder)
-    found = below(folder)
+    # A bundle's own manifest.json says which of the artifacts below is the newest.
+    found = below(folder / VERSIONS) if is_bundle(folder) else below(folder)
     if not found:
         Artifact.peek(folder)
         raise ArtifactError(f"{folder} holds no artifact")

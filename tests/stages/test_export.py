@@ -101,6 +101,12 @@ class TestExport:
         assert "every digest and answer holds" in done.stdout
         assert "XNNPACK" not in done.stderr
 
+    def test_inspect_says_what_it_is(self, made, capsys):
+        assert cli.main(["inspect", str(made)]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"{made / 'versions' / '1'}: bundle")
+        assert "litert/query.tflite" in told
+
     def test_the_same_run_again_makes_nothing_new(self, run, copy):
         before = Artifact.peek(copy / "versions" / "1")
         again = export.run(run, copy, **PLAIN)

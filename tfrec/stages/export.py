@@ -67,12 +67,8 @@ def run(
     source, path = Path(folder), bundle.writable(out)
     parents = _parents(source)
     told = _told(source)
-    recipe = {
-        "users": users,
-        "int8": int8,
-        "saved_models": saved_models,
-        "recommend": told.model_dump(),
-    }
+    said = {"users": users, "int8": int8, "saved_models": saved_models}
+    recipe = {"export": said, "recommend": told.model_dump()}
     numbers = bundle.versions(path)
     if numbers:
         newest = path / VERSIONS / str(numbers[-1])
