@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
 
-.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain clean
+.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain bench-text clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench-train: $(TRAIN) ## training throughput beside RecTools (makes it an enviro
 bench-pretrain: $(TRAIN) ## pretraining beside RecTools' BERT4Rec, encoding beside a plain tf.function
 	$(BIN)/python benchmarks/train_throughput.py --masked $(BENCH)
 	$(BIN)/python benchmarks/encode.py $(BENCH)
+
+bench-text: $(TRAIN) ## the int8 text encoder beside TensorFlow and onnxruntime (installs the latter apart)
+	$(BIN)/python benchmarks/text_int8.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 
