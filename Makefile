@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
 
-.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain bench-index clean
+.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain bench-index bench-text clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench-pretrain: $(TRAIN) ## pretraining beside RecTools' BERT4Rec, encoding besi
 
 bench-index: $(TRAIN) ## the vector index beside hnswlib and faiss: make bench-index BENCH="--raw DIR"
 	$(BIN)/python benchmarks/index.py $(BENCH)
+
+bench-text: $(TRAIN) ## the int8 text encoder beside TensorFlow and onnxruntime (installs the latter apart)
+	$(BIN)/python benchmarks/text_int8.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 

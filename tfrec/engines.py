@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tfrec.bundle import Bundle, load_rows
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
-from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, read_json
+from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.index import load_index
 from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
@@ -22,7 +22,6 @@ from tfrec.terminal import quiet
 
 _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
-_APART = -1e4
 _QUERIES = 256
 _CELLS = 1 << 20  # numbers that the ranker is given of a batch's candidates at a time
 
@@ -108,28 +107,14 @@ class TextModel:
         index = [place.setdefault(text, len(place)) for text in texts]
         rows = list(self.tokenizer.ids(self.settings.prepared(place, role)))
         found: list[Floats] = [np.zeros(0, np.float32)] * len(rows)
-        for batch in _batches([len(row) for row in rows]):
-            for row, vector in zip(batch, self._vectors([rows[i] for i in batch]), strict=True):
-                found[row] = vector
+        for batch, arrays in packed(rows, _TOKENS):
+            ends = np.cumsum([len(rows[row]) for row in batch])
+            parts = np.split(self._model(arrays), ends[:-1])
+            for row, part in zip(batch, parts, strict=True):
+                found[row] = self._pooled(part)
         return (
             np.stack([found[i] for i in index]) if index else np.zeros((0, self.width), np.float32)
         )
-
-    def _vectors(self, rows: Sequence[Sequence[int]]) -> list[Floats]:
-        lengths = np.array([len(row) for row in rows])
-        text = np.repeat(np.arange(len(rows)), lengths)
-        ends = np.cumsum(lengths)
-        apart = text[:, None] != text[None, :]
-        hidden = self._model(
-            {
-                "token_ids": np.concatenate([np.array(row, np.int32) for row in rows]),
-                "positions": (np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)).astype(
-                    np.int32
-                ),
-                "mask": np.where(apart, np.float32(_APART), np.float32(0)),
-            }
-        )
-        return [self._pooled(part) for part in np.split(hidden, ends[:-1])]
 
     def _pooled(self, hidden: Floats) -> Floats:
         pooling = self.settings.pooling
@@ -252,21 +237,6 @@ class LiteRTEngine:
         if self.text is None:
             raise InputError("this model reads no texts, so words cannot be looked for")
         return self.text
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of the texts, the longest first, so that as many as fit come together."""
-    order = np.argsort([-length for length in lengths], kind="stable").tolist()
-    batch: list[int] = []
-    tokens = 0
-    for row in order:
-        if batch and tokens + lengths[row] > _TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(row)
-        tokens += lengths[row]
-    if batch:
-        yield batch
 
 
 def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:

@@ -33,6 +33,7 @@ Role = Literal["", "query", "passage"]
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
 
+_APART = -1e4  # added to the attention between tokens of different texts
 _CHUNK = 4096  # texts tokenised at once, and
 _CHARACTERS = 1 << 20  # characters, or the text that crosses this: bounds on memory
 
@@ -281,6 +282,43 @@ def padded(
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     return ids, mask
+
+
+def packed(
+    rows: Sequence[Sequence[int]], tokens: int
+) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
+    """Puts texts one behind another, the longest first, as many together as fit.
+
+    Args:
+      rows: Token ids of each text.
+      tokens: How many of them fit; a longer text comes alone.
+
+    Yields:
+      The places of the texts in ``rows``, and of their t tokens: int32 ``token_ids`` and
+      ``positions`` (t,), the place of each in its text, and float32 ``mask`` (t, t) to add to the
+      attention, 0 within a text.
+    """
+    lengths = np.array([len(row) for row in rows], np.int64)
+    batch: list[int] = []
+    held = 0
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        if batch and held + lengths[place] > tokens:
+            yield batch, _one_row([rows[i] for i in batch])
+            batch, held = [], 0
+        batch.append(place)
+        held += int(lengths[place])
+    if batch:
+        yield batch, _one_row([rows[i] for i in batch])
+
+
+def _one_row(rows: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
+    text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    apart = text[:, None] != text[None, :]
+    return {
+        "token_ids": np.concatenate([np.array(row, np.int32) for row in rows]),
+        "positions": np.concatenate([np.arange(len(row), dtype=np.int32) for row in rows]),
+        "mask": np.where(apart, np.float32(_APART), np.float32(0)),
+    }
 
 
 def _spans(encoding: Encoding) -> list[tuple[int, int, int]]:

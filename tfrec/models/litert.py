@@ -7,15 +7,17 @@ one model reads texts of every length, and its matrix products are as large as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.data.sequences import query_inputs
+from tfrec.data.tokens import packed
 from tfrec.errors import InputError
 from tfrec.models.bert import tensors
+from tfrec.models.int8 import Inputs, balanced, coded, rounded
 from tfrec.models.keras_bridge import flatbuffers, freezing, tf
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower, no_history
@@ -25,7 +27,12 @@ from tfrec.terminal import quiet
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_APART = -1e4  # added to the attention between tokens of different texts
+_NOT_FINITE = (
+    "the model holds weights that are not finite; train it again, with a lower learning rate"
+)
+_PLACES = "embeddings.position_embeddings.weight"
+_CALIBRATION = 16_384  # tokens that are read before rounding
+_TOKENS = 512  # of these at a time
 
 
 def convert(function: Callable[..., Any], signature: Mapping[str, Any], int8: bool) -> bytes:
@@ -60,86 +67,146 @@ def convert(function: Callable[..., Any], signature: Mapping[str, Any], int8: bo
     return _named(blob, output)
 
 
-def text_model(encoder: TextEncoder, int8: bool = True) -> bytes:
+def text_model(encoder: TextEncoder, int8: bool = True, calibration: Sequence[str] = ()) -> bytes:
     """The BERT up to its last layer, for :class:`tfrec.engines.TextModel`.
 
     Inputs: int32 ``token_ids`` and ``positions`` (t,), float32 ``mask`` (t, t), 0 where a token
     sees another and a large negative number where not. Output: float32 (t, width).
 
+    Args:
+      encoder: Also says how many positions there are: ``encoder.tokenizer.length``.
+      int8: See :func:`convert`.
+      calibration: Texts of the kind that will be read, such as those of the catalog. From some
+        of them, always the same, int8 learns which weights to round up and which channels are
+        large, and comes nearer to float32. Empty: each weight is rounded by itself.
+
     Raises:
       InputError: a weight is not finite.
     """
     weights, settings = tensors(encoder.model), encoder.model
+    weights[_PLACES] = weights[_PLACES][: encoder.tokenizer.length]
+    products = _products(weights, settings)
+    if int8 and calibration:
+        seen = _inputs(encoder, weights, products, calibration)
+        products = {name: product.rounded(seen[name]) for name, product in products.items()}
 
     def call(token_ids: Any, positions: Any, mask: Any) -> Any:
-        return {"hidden": bert(weights, settings, token_ids, positions, mask, int8)}
+        return {"hidden": bert(weights, settings, products, token_ids, positions, mask, int8)}
 
     row = tf.TensorSpec([None], tf.int32)
     signature = {"token_ids": row, "positions": row, "mask": tf.TensorSpec([None, None])}
     return convert(call, signature, int8)
 
 
+class Product(NamedTuple):
+    """A matrix product of a BERT: ``values @ kernel + bias``.
+
+    Attributes:
+      kernel: float32 (in, out).
+      bias: float32 (out,).
+      normed: Whether the values come from a layer norm, without its shift.
+      smooth: float32 (in,), what that layer norm divides them by; None: ones.
+    """
+
+    kernel: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    normed: bool = False
+    smooth: NDArray[np.float32] | None = None
+
+    def __call__(self, values: Any) -> Any:
+        """float32 (n, out) of float32 (n, in)."""
+        return tf.matmul(values, tf.constant(self.kernel)) + tf.constant(self.bias)
+
+    def rounded(self, seen: Inputs) -> Product:
+        """With a kernel that int8 holds as it is, chosen for such inputs."""
+        if not self.normed:
+            return self._replace(kernel=rounded(self.kernel, seen.gram))
+        smooth = balanced(self.kernel, seen.largest)
+        gram = seen.gram / np.outer(smooth, smooth)
+        return self._replace(kernel=rounded(self.kernel * smooth[:, None], gram), smooth=smooth)
+
+
 def bert(
-    weights: Arrays, backbone: Any, token_ids: Any, positions: Any, mask: Any, int8: bool = False
+    weights: Arrays,
+    backbone: Any,
+    products: Mapping[str, Product],
+    token_ids: Any,
+    positions: Any,
+    mask: Any,
+    int8: bool = False,
+    watch: Callable[[str, Any], None] = lambda name, values: None,
 ) -> Any:
     """A BERT encoder over one row of tokens.
 
     Args:
       weights: By Hugging Face's names, see :func:`tfrec.models.bert.tensors`.
       backbone: Says heads, layers, epsilons and activation.
+      products: By Hugging Face's names; that of ``attention.self`` gives queries, which are scaled
+        already, keys and values side by side.
       token_ids: int32 (t,).
       positions: int32 (t,), the place of each token in its own text.
       mask: float32 (t, t), added to the attention.
-      int8: Whether the table of words is kept as int8, with a scale for each word.
+      int8: Whether the tables of words and places are kept as int8, with a scale for each row and
+        for each column.
+      watch: Is told each product's name and its inputs.
 
     Returns:
       float32 (t, width).
     """
     heads = int(backbone.num_heads)
 
-    def norm(values: Any, name: str, layer: Any) -> Any:
+    def norm(values: Any, name: str, layer: Any, smooth: Any = None) -> tuple[Any, Any]:
+        """What the next product reads, and the values of the layer norm."""
         centred = values - tf.reduce_mean(values, -1, keepdims=True)
         variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
         scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return centred * tf.math.rsqrt(variance + float(layer.epsilon)) * scale + shift
+        factor = scale if smooth is None else scale / smooth
+        # The converter moves a constant that is multiplied last into the next kernel, and rounds
+        # that with a scale it was not made for; so the last factor is one that is computed.
+        inner = centred * factor * tf.math.rsqrt(variance + float(layer.epsilon))
+        return inner, (inner if smooth is None else inner * smooth) + shift
 
-    def dense(values: Any, *names: str, by: tuple[float, ...] = ()) -> Any:
-        factors = by or (1.0,) * len(names)
-        pairs = list(zip(names, factors, strict=True))
-        kernel = np.concatenate([weights[f"{n}.weight"] * f for n, f in pairs]).T
-        bias = np.concatenate([weights[f"{n}.bias"] * f for n, f in pairs])
-        return tf.matmul(values, tf.constant(kernel)) + tf.constant(bias)
+    def product(name: str, values: Any) -> Any:
+        watch(name, values)
+        return products[name](values)
 
     def split(values: Any) -> Any:
         size = values.shape[-1] // heads
         return tf.transpose(tf.reshape(values, [-1, heads, size]), [1, 0, 2])
 
-    places = weights["embeddings.position_embeddings.weight"]
-    segment = weights["embeddings.token_type_embeddings.weight"][0]
-    hidden = _words(weights["embeddings.word_embeddings.weight"], token_ids, int8)
-    hidden += tf.gather(tf.constant(places + segment), positions)
-    hidden = norm(hidden, "embeddings.LayerNorm", backbone.embeddings_layer_norm)
+    def smooth_of(name: str) -> Any:
+        return products[name].smooth if name in products else None
+
+    read, hidden = norm(
+        _embedded(weights, token_ids, positions, int8),
+        "embeddings.LayerNorm",
+        backbone.embeddings_layer_norm,
+        smooth_of("encoder.layer.0.attention.self"),
+    )
     for number, layer in enumerate(backbone.transformer_layers):
         name = f"encoder.layer.{number}."
         width = hidden.shape[-1]
-        inner = f"{name}attention.self."
-        parts = dense(
-            hidden,
-            *(f"{inner}query", f"{inner}key", f"{inner}value"),
-            by=((width // heads) ** -0.5, 1.0, 1.0),
-        )
+        parts = product(f"{name}attention.self", read)
         query, key, value = (split(part) for part in tf.split(parts, 3, axis=-1))
         scores = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + mask)
         found = _with_prompts(tf.matmul(scores, value), query, layer)
         mixed = tf.reshape(tf.transpose(found, [1, 0, 2]), [-1, width])
-        told = dense(mixed, f"{name}attention.output.dense")
+        told = product(f"{name}attention.output.dense", mixed)
         told = _adapted(told, layer._self_attention_dropout)
-        hidden = norm(
-            hidden + told, f"{name}attention.output.LayerNorm", layer._self_attention_layer_norm
+        read, hidden = norm(
+            hidden + told,
+            f"{name}attention.output.LayerNorm",
+            layer._self_attention_layer_norm,
+            smooth_of(f"{name}intermediate.dense"),
         )
-        grown = _activated(dense(hidden, f"{name}intermediate.dense"), layer)
-        fed = _adapted(dense(grown, f"{name}output.dense"), layer._feedforward_dropout)
-        hidden = norm(hidden + fed, f"{name}output.LayerNorm", layer._feedforward_layer_norm)
+        grown = _activated(product(f"{name}intermediate.dense", read), layer)
+        fed = _adapted(product(f"{name}output.dense", grown), layer._feedforward_dropout)
+        read, hidden = norm(
+            hidden + fed,
+            f"{name}output.LayerNorm",
+            layer._feedforward_layer_norm,
+            smooth_of(f"encoder.layer.{number + 1}.attention.self"),
+        )
     return hidden
 
 
@@ -241,14 +308,75 @@ def signature(blob: bytes) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _words(table: NDArray[np.float32], token_ids: Any, int8: bool) -> Any:
-    """float32 (t, width), rows of the table of words."""
+def _products(weights: Arrays, backbone: Any) -> dict[str, Product]:
+    """The matrix products of all layers, as :func:`bert` wants them."""
+
+    def product(*names: str, norm: str = "", by: Sequence[float] = (1.0,)) -> Product:
+        kernel, bias = (
+            np.concatenate([weights[f"{n}.{kind}"] * f for n, f in zip(names, by, strict=True)])
+            for kind in ("weight", "bias")
+        )
+        if not norm:
+            return Product(np.ascontiguousarray(kernel.T), bias)
+        bias = bias + kernel @ weights[f"{norm}.bias"]
+        return Product(np.ascontiguousarray(kernel.T), bias, normed=True)
+
+    scaled = ((int(backbone.hidden_dim) // int(backbone.num_heads)) ** -0.5, 1.0, 1.0)
+    norm = "embeddings.LayerNorm"
+    found = {}
+    for number in range(int(backbone.num_layers)):
+        name = f"encoder.layer.{number}."
+        inner = f"{name}attention.self"
+        parts = [f"{inner}.{part}" for part in ("query", "key", "value")]
+        found[inner] = product(*parts, norm=norm, by=scaled)
+        found[f"{name}attention.output.dense"] = product(f"{name}attention.output.dense")
+        norm = f"{name}attention.output.LayerNorm"
+        found[f"{name}intermediate.dense"] = product(f"{name}intermediate.dense", norm=norm)
+        found[f"{name}output.dense"] = product(f"{name}output.dense")
+        norm = f"{name}output.LayerNorm"
+    return found
+
+
+def _inputs(
+    encoder: TextEncoder, weights: Arrays, products: Mapping[str, Product], texts: Sequence[str]
+) -> dict[str, Inputs]:
+    """What each product is given when the BERT reads some of the texts in float32."""
+    seen = {name: Inputs(len(product.kernel)) for name, product in products.items()}
+    distinct = list(dict.fromkeys(texts))
+    chosen = np.random.default_rng(0).permutation(len(distinct))[:_CALIBRATION].tolist()
+    rows = list(encoder.tokenizer.ids(encoder.settings.prepared([distinct[i] for i in chosen], "")))
+    held = np.searchsorted(np.cumsum([len(row) for row in rows]), _CALIBRATION) + 1
+    for _, arrays in packed(rows[:held], _TOKENS):
+        given = {name: tf.constant(array) for name, array in arrays.items()}
+        hidden = bert(
+            weights,
+            encoder.model,
+            products,
+            **given,
+            watch=lambda name, values: seen[name].add(values.numpy()),
+        )
+        if not np.isfinite(hidden.numpy()).all():
+            raise InputError(_NOT_FINITE)
+    return seen
+
+
+def _embedded(weights: Arrays, token_ids: Any, positions: Any, int8: bool) -> Any:
+    """float32 (t, width), words and places before their norm."""
+    words = weights["embeddings.word_embeddings.weight"]
+    places = weights[_PLACES] + weights["embeddings.token_type_embeddings.weight"][0]
     if not int8:
-        return tf.gather(tf.constant(table), token_ids)
-    scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127
-    codes = np.clip(np.round(table / scale), -127, 127).astype(np.int8)
-    found = tf.cast(tf.gather(tf.constant(codes), token_ids), tf.float32)
-    return found * tf.gather(tf.constant(scale.astype(np.float32)), token_ids)
+        return tf.gather(tf.constant(words), token_ids) + tf.gather(tf.constant(places), positions)
+    # A few columns are large in all rows: without a scale of theirs, they take all the steps.
+    size = np.sqrt(np.square(words).mean(axis=0) + np.square(places).mean(axis=0))
+    columns = np.maximum(size, 1e-12).astype(np.float32)
+
+    def rows(table: NDArray[np.float32], of: Any) -> Any:
+        # Scales in float32 would be brought to int8 by the converter, all of them with one scale.
+        codes, scales, unit = coded(table / columns)
+        scale = tf.cast(tf.gather(tf.constant(scales), of), tf.float32) * unit
+        return tf.cast(tf.gather(tf.constant(codes), of), tf.float32) * scale
+
+    return (rows(words, token_ids) + rows(places, positions)) * columns
 
 
 def _adapted(values: Any, dropout: Any) -> Any:
@@ -290,7 +418,4 @@ def _check_finite(frozen: Any) -> None:
         if operation.type != "Const" or not operation.outputs[0].dtype.is_floating:
             continue
         if not np.isfinite(tf.make_ndarray(operation.get_attr("value"))).all():
-            raise InputError(
-                "the model holds weights that are not finite; train it again, with a lower "
-                "learning rate"
-            )
+            raise InputError(_NOT_FINITE)

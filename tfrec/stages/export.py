@@ -217,7 +217,8 @@ def _write_models(
         "rank": litert.rank_model(engine.ranker) if engine.ranker is not None else None,
     }
     if recommender.text.shape[1]:
-        blobs["text/model"] = litert.text_model(engine.text_encoder, int8)
+        read = [text for text in recommender.catalog.texts if text]
+        blobs["text/model"] = litert.text_model(engine.text_encoder, int8, read)
         _write_text(engine.text_encoder, str(retrieval.config["adapt"]["text"]), folder / "text")
     for name, blob in blobs.items():
         if blob is not None:
