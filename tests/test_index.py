@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tfrec.index import (
     TopK,
     load_index,
     make_index,
+    shards,
     top_k,
 )
 
@@ -628,3 +630,62 @@ def test_importing_the_index_imports_neither_tensorflow_nor_scipy():
     code = f"import sys, tfrec.index, tfrec.metrics; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_two_savers_leave_one_whole_index(tmp_path):
+    """Each waits for the other: whichever is last, all of it is there."""
+    rng = np.random.default_rng(1)
+    made = [
+        ExactIndex.build(
+            rng.normal(size=(n, 8)).astype(np.float32), np.arange(1, n + 1, dtype="i4")
+        )
+        for n in (40, 60)
+    ]
+    failures = []
+
+    def save(index):
+        try:
+            for _ in range(10):
+                index.save(tmp_path / "one")
+        except Exception as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(index,)) for index in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(load_index(tmp_path / "one").ids) in (40, 60)
+    assert len(list((tmp_path / "one").glob("data-*"))) == 1
+
+
+def test_a_sharded_index_saved_over_itself_goes_on(tmp_path):
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(60, 8)).astype(np.float32)
+    index = ShardedIndex.build([vectors], tmp_path / "big", kind="exact", shard_rows=25, resident=1)
+    before = index.search(vectors[:3], 5)
+    index.save(tmp_path / "big")
+    np.testing.assert_array_equal(index.search(vectors[:3], 5).ids, before.ids)
+
+
+def test_a_change_stays_while_another_thread_searches(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(60, 8)).astype(np.float32)
+    ShardedIndex.build([vectors], tmp_path / "big", kind="exact", shard_rows=25)
+    index, opened = ShardedIndex.load(tmp_path / "big"), threading.Event()
+    plain = shards.open_shard
+
+    def slow(folder):
+        found = plain(folder)
+        opened.set()
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(shards, "open_shard", slow)
+    searching = threading.Thread(target=index.search, args=(vectors[:1], 3))
+    searching.start()
+    opened.wait(10)
+    index.add(vectors[:1] * 9, np.array([1000], np.int32))
+    searching.join()
+    assert 1000 in index.ids

@@ -333,11 +333,32 @@ def _locked(partial: Path, final: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(opened)
         raise SetupError(
-            f"another tfrec process is making {final}; wait for it, stop it, or give another --out"
+            f"another tfrec process is making {final}; wait for it, stop it, or name another folder"
         ) from None
     except OSError:
         pass  # a file system without locks
     try:
+        yield
+    finally:
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block no other thread or process is in such a block of this folder; they wait.
+
+    Args:
+      folder: Made if it is not there.
+
+    Raises:
+      SetupError: the disk is full or cannot be written.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
         os.close(opened)

@@ -86,7 +86,11 @@ class Bundle:
     @cached_property
     def content(self) -> dict[str, Any]:
         """What the version holds."""
-        found: dict[str, Any] = json.loads(self.artifact.file(CONTENT).read_text("utf-8"))
+        path = self.artifact.file(CONTENT)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
         return found
 
 
@@ -151,7 +155,9 @@ def publish(folder: Path, version: int, keep: int) -> Path:
             },
         )
         for number in old:
-            shutil.rmtree(folder / VERSIONS / str(number), ignore_errors=True)
+            os.rename(folder / VERSIONS / str(number), folder / VERSIONS / f".{number}.gone")
+        for gone in (folder / VERSIONS).glob(".*.gone"):
+            shutil.rmtree(gone, ignore_errors=True)
     return folder / MANIFEST
 
 
@@ -164,14 +170,21 @@ def _link(folder: Path, kept: Sequence[int]) -> None:
             place = folder / SERVING / model.name
             place.mkdir(parents=True, exist_ok=True)
             link = place / str(number)
+            if link.is_dir() and not link.is_symlink():  # a copy that followed the links
+                shutil.rmtree(link)
             if not link.is_symlink():
                 link.symlink_to(Path("..", "..", VERSIONS, str(number), SERVING, model.name))
+    for link in (folder / SERVING).glob("*/*"):
+        if link.name.isdigit() and int(link.name) not in kept:
+            shutil.rmtree(link) if not link.is_symlink() else link.unlink()
     if names:
         write_text(folder / SERVING / "models.config", _models_config(sorted(names)))
         write_text(folder / SERVING / "batching.config", _BATCHING)
-    for link in (folder / SERVING).glob("*/*"):
-        if link.is_symlink() and int(link.name) not in kept:
-            link.unlink()
+    for place in (folder / SERVING).glob("*/"):
+        if place.name not in names:
+            shutil.rmtree(place)
+    if not names:
+        shutil.rmtree(folder / SERVING, ignore_errors=True)
 
 
 def _models_config(names: Sequence[str]) -> str:

@@ -415,7 +415,10 @@ def _add_export(verbs: Verbs) -> None:
         "versions before it stay, and nothing changes until all of the new one is there.",
         epilog=_examples(
             ("a run", "tfrec export saved_models/movielens-100k --to bundles/movielens"),
-            ("without anything about users", "tfrec export runs/a --to bundles/a --no-users"),
+            (
+                "without the users and their histories",
+                "tfrec export runs/a --to bundles/a --no-users",
+            ),
         ),
     )
     verb.set_defaults(handler=_export)
@@ -425,7 +428,8 @@ def _add_export(verbs: Verbs) -> None:
         "--users",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the known users and their histories are part of it (yes)",
+        help="whether the known users and their histories are part of it (yes); older versions "
+        "keep theirs until --keep removes them",
     )
     verb.add_argument(
         "--int8",

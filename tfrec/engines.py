@@ -16,7 +16,8 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
 from tfrec.errors import ArtifactError, InputError, SetupError
-from tfrec.index import load_index
+from tfrec.index import load_index, make_index
+from tfrec.index.exact import cores
 from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
 from tfrec.terminal import quiet
 
@@ -31,7 +32,7 @@ class LiteRTModel:
 
     Args:
       path: The flatbuffer.
-      threads: How many threads compute; 0: as many as there are processors.
+      threads: How many threads compute; 0: one for each core that this process may use.
 
     Raises:
       ArtifactError: the file is damaged.
@@ -49,7 +50,7 @@ class LiteRTModel:
             # Mapped, so that processes share the weights.
             with quiet():
                 self._interpreter = Interpreter(
-                    model_path=os.fspath(path), num_threads=threads or os.cpu_count() or 1
+                    model_path=os.fspath(path), num_threads=threads or cores()
                 )
                 self._interpreter.allocate_tensors()
             inputs = self._interpreter.get_input_details()
@@ -66,6 +67,7 @@ class LiteRTModel:
         shapes = {name: array.shape for name, array in arrays.items()}
         with self._lock:
             if shapes != self._shapes:
+                self._shapes = {}
                 for name, shape in shapes.items():
                     self._interpreter.resize_tensor_input(self._place[name], shape)
                 self._interpreter.allocate_tensors()
@@ -254,12 +256,18 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
     dataset = Dataset.read(folder / "catalog")
     policy = Policy.parse(told["policy"])
     engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads)
+    names = [Path(name) for name in bundle.artifact.files if name.startswith("arrays/")]
     arrays = {
-        path.stem: load_rows(path)
-        for path in (folder / "arrays").glob("*.npy")
-        if not path.name.endswith(".rows.npy")
+        name.stem: load_rows(folder / name) for name in names if not name.name.endswith(".rows.npy")
     }
     directions = arrays.get("directions")
+    try:
+        index = load_index(folder / "index")
+    except SetupError:  # there is no ScaNN for this machine
+        rows = np.arange(1, len(dataset.catalog), dtype=np.int32)
+        index = make_index(arrays["vectors"][1:], rows, "exact")
+    if any(not (folder / name).is_file() for name in bundle.artifact.files):
+        raise ArtifactError(f"{folder} was removed while it was read; read the newest version")
     return Recommender(
         engine,
         dataset.catalog,
@@ -271,7 +279,7 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
         arrays["profile"],
         policy,
         LinearItems(arrays["linear"]) if "linear" in arrays else None,
-        load_index(folder / "index"),
+        index,
         None if directions is None else TextDirections(directions[0], directions[1:].T.copy()),
         arrays["popularity"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ class Golden:
         asked, _ = recommender.asked(requests)
         query = recommender.queries(asked)
         if candidates is None:
-            candidates = recommender.candidates(asked, query, _CANDIDATES)[:, :_CANDIDATES]
+            found = recommender.candidates(asked, query, _CANDIDATES)
+            items_first = np.argsort(found == 0, axis=1, kind="stable")[:, :_CANDIDATES]
+            candidates = np.take_along_axis(found, items_first, axis=1)
         everything = replace(policy, score=dict.fromkeys(policy.tasks, 1.0))
         parts = recommender.parts(asked, query, candidates, everything) if policy.tasks else {}
         told = [parts[task] for task in policy.tasks]
@@ -155,11 +158,7 @@ class Golden:
                 out[name] = cosines(mine, its)
         if self.tasks.size:
             out["rank"] = difference(self.tasks, other.tasks)
-        shares = [
-            len(set(mine) & set(its)) / max(len(mine), 1)
-            for mine, its in zip(self.items, other.items, strict=True)
-        ]
-        out["lists"] = {"overlap": float(np.mean(shares))}
+        out["lists"] = {"overlap": overlap(self.items, other.items)}
         return out
 
 
@@ -168,18 +167,31 @@ def _request(tree: dict[str, Any]) -> Request:
     return Request(**{**tree, **lists})
 
 
+def overlap(mine: Sequence[Collection[str]], its: Sequence[Collection[str]]) -> float:
+    """Mean share of the items of lists that are in others too; two empty lists are the same."""
+    shares = [
+        len(set(a) & set(b)) / len(a) if len(a) else float(not b)
+        for a, b in zip(mine, its, strict=True)
+    ]
+    return float(np.mean(shares))
+
+
 def difference(mine: Floats, its: Floats) -> dict[str, float]:
     """``max_difference`` of predictions, in units of the spread of ``mine``."""
     spread = max(float(mine.std()), 1e-9)
-    return {"max_difference": float(np.abs(mine - its).max(initial=0)) / spread}
+    apart = np.nan_to_num(np.abs(mine - its), nan=np.inf)
+    return {"max_difference": float(apart.max(initial=0)) / spread}
 
 
 def cosines(mine: Floats, its: Floats) -> dict[str, float]:
-    """``cosine_min`` and ``cosine_mean`` of vectors, row by row; rows of zeros do not count."""
+    """``cosine_min`` and ``cosine_mean`` of vectors, row by row; zeros in ``mine`` do not count."""
     if mine.shape != its.shape:
         raise ArtifactError(f"vectors of shape {its.shape} were given, and {mine.shape} exported")
-    lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(its, axis=1)
-    cosine = (mine * its).sum(axis=1)[lengths > 0] / lengths[lengths > 0]
-    if not len(cosine):
+    told = np.linalg.norm(mine, axis=1) > 0
+    mine, its = mine[told], np.nan_to_num(its[told], posinf=0, neginf=0)
+    if not len(mine):
         return {"cosine_min": 1.0, "cosine_mean": 1.0}
+    lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(its, axis=1)
+    # Zeros, and what is no number, are like nothing.
+    cosine = (mine * its).sum(axis=1) / np.maximum(lengths, 1e-12)
     return {"cosine_min": float(cosine.min()), "cosine_mean": float(cosine.mean())}

@@ -156,6 +156,59 @@ def test_items_new_and_known(recommender, saved):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_the_catalogs_own_vectors(recommender, saved):
+    """Also of an item whose id was taught nothing."""
+    catalog = recommender.catalog
+    given = {
+        name: np.array(catalog.attributes[column][1:], object)
+        for column, name in serving.Columns("item", catalog).inputs.items()
+    }
+    ids, text = np.array(catalog.ids[1:], object), recommender.text[1:]
+    found = call(saved, "encode_candidate", item_id=ids, text=text, **given)["vector"]
+    np.testing.assert_allclose(found, recommender.vectors[1:], atol=1e-5)
+
+
+def test_an_item_that_was_taught_nothing_has_no_id(recommender):
+    changed = recommender.vectors.copy()
+    recommender.vectors = changed.copy()
+    zero = np.zeros(1, np.int32)
+    recommender.vectors[5] = recommender.engine.encode_candidate(
+        recommender.text[5:6], recommender.catalog.features[5:6], zero
+    )
+    rows = serving.Graph(recommender)._id_rows.numpy()
+    recommender.vectors = changed
+    assert rows[5] == 0
+    np.testing.assert_array_equal(np.delete(rows, 5), np.delete(np.arange(len(rows)), 5))
+
+
+def test_edges_of_retrieval(saved):
+    found = call(
+        saved,
+        "retrieve",
+        history=np.array([["i2"], ["i3"]], object),
+        exclude=np.array([[""], [""]], object),
+        k=np.array([60, -1], np.int32),
+    )
+    assert found["item_id"].shape == found["score"].shape == (2, 60)
+    assert (found["item_id"][0] != b"").sum() == board.ITEMS - 1
+    assert (found["item_id"][1] == b"").all()
+    nobody = {"history": np.zeros((0, 2), object), "exclude": np.zeros((0, 1), object)}
+    nobody = {name: tf.zeros(array.shape, tf.string) for name, array in nobody.items()}
+    found = call(saved, "retrieve", **nobody, k=np.zeros(0, np.int32))
+    assert found["item_id"].shape == (0, 0)
+
+
+def test_an_item_met_twice_counts_once_in_the_linear_part(recommender, saved):
+    history = [["i2", "i4", "i2", "i2"]]
+    asked, _ = recommender.asked([Request(history=tuple(history[0]))])
+    rows = np.array([[1, 7, 12]], np.int32)
+    found = serving.Graph(recommender)._linear_scores(
+        tf.constant(asked.histories.item[None]), tf.constant(rows)
+    )
+    expected = recommender.linear.scores_of(asked.seen, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_texts(recommender, saved):
     texts = ["the war of space ship", "love"]
     encoder = recommender.engine.text_encoder

@@ -1,17 +1,19 @@
 """export, verify and recommend with a bundle: complete in itself, and the same answers."""
 
+import importlib.abc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import checkerboard as board
 import numpy as np
 import pytest
 from serving_server import serving_at
 
-from tfrec import bundle, cli
+from tfrec import bundle, cli, models
 from tfrec.artifact import Artifact, content_digest, file_digest, write_json
 from tfrec.bundle import Bundle
 from tfrec.engines import recommender_of
@@ -146,6 +148,32 @@ class TestExport:
         assert found["text, LiteRT int8, cosine min"].bound == verify.INT8["cosine_min"]
         assert found["query, LiteRT float32, cosine min"].ok
 
+    def test_two_exports_at_once_make_two_versions(self, run, copy):
+        def make(users):
+            export.run(run, copy, users=users, int8=users, saved_models=False)
+
+        threads = [threading.Thread(target=make, args=(users,)) for users in (True, False)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (bundle.versions(copy), Bundle.load(copy).version) == ([1, 2, 3], 3)
+        assert {Bundle.load(copy, n).content["users"] for n in (2, 3)} == {0, board.USERS}
+
+    def test_versions_that_still_hold_users_are_named(self, run, copy, capsys):
+        export.run(run, copy, users=False, **PLAIN)
+        assert "still holds the users of version 1; --keep 1 removes it" in capsys.readouterr().err
+        export.run(run, copy, users=False, **PLAIN, keep=1)
+        assert "still holds" not in capsys.readouterr().err
+        assert not list((copy / "versions").glob(".*"))
+
+    def test_the_golden_candidates_are_items(self, made):
+        golden = Golden.load(Bundle.load(made).folder / "golden")
+        assert (golden.candidates[:, 0] > 0).all()
+        known = [i for i, request in enumerate(golden.requests) if request.user_id]
+        assert known
+        assert (golden.candidates[known] > 0).mean() > 0.2
+
     def test_progress_and_the_path_on_the_command_line(self, run, tmp_path, capsys):
         said = ("--no-int8", "--no-saved-models")
         assert cli.main(["export", str(run), "--to", str(tmp_path / "b"), *said]) == 0
@@ -183,8 +211,24 @@ class TestForTensorFlowServing:
         out = tmp_path / "bundle"
         shutil.copytree(served, out, symlinks=True)
         export.run(run, out, **PLAIN, keep=1)
-        assert list((out / "tf-serving").glob("*/*")) == []
+        assert not (out / "tf-serving").exists()
         assert bundle.versions(out) == [2]
+
+    def test_a_copy_that_followed_the_links_can_be_exported_to(self, run, served, tmp_path):
+        out = tmp_path / "bundle"
+        shutil.copytree(served, out)
+        assert not (out / "tf-serving" / "rank" / "1").is_symlink()
+        export.run(run, out, **PLAIN)
+        assert (out / "tf-serving" / "rank" / "1").is_symlink()
+        assert Bundle.load(out).version == 2
+
+    def test_a_server_cannot_be_asked_without_tensorflow(self, served, monkeypatch):
+        monkeypatch.delattr(models, "serving")
+        monkeypatch.delitem(sys.modules, "tfrec.models.serving")
+        monkeypatch.setattr(sys, "meta_path", [_Missing(), *sys.meta_path])
+        assert verify.run(served)
+        with pytest.raises(SetupError, match="no TensorFlow"):
+            verify.run(served, server="localhost:8500")
 
     def test_the_examples_are_what_the_models_answer(self, served):
         for name in ("retrieve", "rank"):
@@ -280,6 +324,15 @@ class TestBadInput:
         with pytest.raises(ArtifactError, match=r"query\.tflite does not match its digest"):
             verify.run(copy)
 
+    def test_a_version_without_its_description(self, copy):
+        (copy / "versions" / "1" / "content.json").write_text("{")
+        assert cli.main(["recommend", str(copy), "--history", "i2"]) == 2
+        _rewrite(copy / "versions" / "1")
+        assert cli.main(["recommend", str(copy), "--history", "i2"]) == 2
+        (copy / "versions" / "1" / "content.json").write_text("{}")
+        _rewrite(copy / "versions" / "1")
+        assert cli.main(["recommend", str(copy), "--history", "i2"]) == 2
+
     def test_a_missing_file(self, copy):
         (copy / "versions" / "1" / "arrays" / "vectors.npy").unlink()
         with pytest.raises(ArtifactError, match=r"vectors\.npy is missing"):
@@ -324,6 +377,14 @@ class TestBadInput:
         _rewrite(folder)
         assert cli.main(["verify", str(copy)]) == 2
         assert "FAIL  query, LiteRT float32: cosine min" in capsys.readouterr().out
+
+
+class _Missing(importlib.abc.MetaPathFinder):
+    """Says that TensorFlow is missing, as the bridge does, when it is needed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "tfrec.models.serving":
+            raise SetupError("there is no TensorFlow")
 
 
 def _rewrite(folder):

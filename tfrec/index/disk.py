@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrec.artifact import disk_errors, file_digest, write_json
+from tfrec.artifact import alone, disk_errors, file_digest, write_json
 from tfrec.errors import ArtifactError
 from tfrec.index.store import Store
 
@@ -39,6 +39,11 @@ def write(
       SetupError: the disk is full or cannot be written.
     """
     target = Path(folder)
+    with alone(target):
+        _write(target, about, files)
+
+
+def _write(target: Path, about: Mapping[str, Any], files: Callable[[Path], None]) -> None:
     numbers = [path.name.removeprefix("data-") for path in target.glob("data-*")]
     data = target / f"data-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
     with disk_errors(target):
@@ -79,7 +84,8 @@ def read(folder: str | os.PathLike[str], check: bool = True) -> tuple[dict[str, 
                 f"{path} is of format {written}, and this tfrec reads {FORMAT}; build it again, "
                 "or use the tfrec that wrote it"
             )
-        if any(Path(name).name != name for name in [about["data"], *files]):
+        names = [about["data"], *files]
+        if any(Path(name).name != name or name in ("", ".", "..") for name in names):
             raise ValueError
         expected = {data / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -97,7 +97,7 @@ class StoredIndex:
     def __init__(self, store: Store, threads: int | None = None) -> None:
         self._store = store
         self._gate = Gate()
-        self.threads = threads or _cores()
+        self.threads = threads or cores()
 
     @property
     def ids(self) -> Ids:
@@ -374,8 +374,8 @@ def _each(work: Callable[[int], None], starts: range, threads: int) -> None:
             pass
 
 
-def _cores() -> int:
-    # The cores this process may use, where the system says so.
+def cores() -> int:
+    """The cores this process may use, where the system says so."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

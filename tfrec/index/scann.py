@@ -322,7 +322,11 @@ class ScannIndex(StoredIndex):
             assets = (data / "scann_assets.pbtxt").read_text("utf-8")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the index in {data} cannot be read: {error}") from None
-        searcher = _native().ScannNumpy(os.fspath(data), assets)
+        native = _native()
+        try:
+            searcher = native.ScannNumpy(os.fspath(data), assets)
+        except RuntimeError as error:
+            raise ArtifactError(f"the index in {data} cannot be read: {error}") from None
         if searcher.size() != len(store):
             raise ArtifactError(
                 f"{data} holds {searcher.size()} codes for {len(store)} ids; build the index again"

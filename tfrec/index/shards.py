@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -37,6 +38,7 @@ class ShardedIndex:
             raise InputError(f"resident is how many shards are in memory, and got {resident}")
         self._folders, self._resident = list(folders), resident
         self._open: dict[int, StoredIndex] = {}
+        self._opening, self._changing = threading.Lock(), threading.RLock()
 
     @classmethod
     def build(
@@ -146,32 +148,36 @@ class ShardedIndex:
 
     def add(self, vectors: Floats, ids: Ids) -> None:
         """See :meth:`Index.add`. New items go to the shard that holds fewest."""
-        refuse(ids[self._homes(ids) >= 0], "is in the index already; use update or upsert")
-        shards = self._changeable()
-        min(shards, key=lambda shard: len(shard.ids)).add(vectors, ids)
+        with self._changing:
+            refuse(ids[self._homes(ids) >= 0], "is in the index already; use update or upsert")
+            shards = self._changeable()
+            min(shards, key=lambda shard: len(shard.ids)).add(vectors, ids)
 
     def update(self, vectors: Floats, ids: Ids) -> None:
         """See :meth:`Index.update`."""
-        homes = self._homes(ids)
-        refuse(ids[homes < 0], "is not in the index; use add or upsert")
-        shards = self._changeable()
-        shards[0].check(vectors, ids)
-        for home in np.unique(homes):
-            shards[home].update(vectors[homes == home], ids[homes == home])
+        with self._changing:
+            homes = self._homes(ids)
+            refuse(ids[homes < 0], "is not in the index; use add or upsert")
+            shards = self._changeable()
+            shards[0].check(vectors, ids)
+            for home in np.unique(homes):
+                shards[home].update(vectors[homes == home], ids[homes == home])
 
     def upsert(self, vectors: Floats, ids: Ids) -> None:
         """See :meth:`Index.upsert`."""
-        held = self._homes(ids) >= 0
-        self._changeable()[0].check(vectors, ids)
-        self.update(vectors[held], ids[held])
-        self.add(vectors[~held], ids[~held])
+        with self._changing:
+            held = self._homes(ids) >= 0
+            self._changeable()[0].check(vectors, ids)
+            self.update(vectors[held], ids[held])
+            self.add(vectors[~held], ids[~held])
 
     def remove(self, ids: Ids) -> None:
         """See :meth:`Index.remove`."""
-        homes = self._homes(ids)
-        refuse(ids[homes < 0], "is not in the index; nothing was removed")
-        for home in np.unique(homes):
-            self._changeable()[home].remove(ids[homes == home])
+        with self._changing:
+            homes = self._homes(ids)
+            refuse(ids[homes < 0], "is not in the index; nothing was removed")
+            for home in np.unique(homes):
+                self._changeable()[home].remove(ids[homes == home])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """See :meth:`Index.save`."""
@@ -181,16 +187,21 @@ class ShardedIndex:
             for name, shard in zip(names, self._shards(), strict=True):
                 shard.save(data / name)
 
-        disk.write(folder, {"kind": self.kind, "shards": names}, files)
+        same = self._folders and Path(folder).resolve() == self._folders[0].parent.parent.resolve()
+        with self._changing:
+            disk.write(folder, {"kind": self.kind, "shards": names}, files)
+            if same:  # what was read before is gone
+                data = disk.read(folder, check=False)[1]
+                self._folders = [data / name for name in names]
 
     def _shards(self) -> Iterator[StoredIndex]:
         for number, folder in enumerate(self._folders):
-            if number in self._open:
-                yield self._open[number]
-                continue
-            shard = open_shard(folder)
-            if self._resident is None or len(self._open) < self._resident - 1:
-                self._open[number] = shard
+            with self._opening:
+                shard = self._open.get(number)
+                if shard is None:
+                    shard = open_shard(folder)
+                    if self._resident is None or len(self._open) < self._resident - 1:
+                        self._open[number] = shard
             yield shard
 
     def _changeable(self) -> list[StoredIndex]:

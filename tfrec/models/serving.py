@@ -18,7 +18,7 @@ import numpy as np
 from tfrec.data.catalog import FeatureSchema, Table
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
 from tfrec.errors import ArtifactError, SetupError
-from tfrec.golden import Golden, cosines, difference
+from tfrec.golden import Golden, cosines, difference, overlap
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.keras_bridge import tf
 from tfrec.recommender import SCALARS, Recommender
@@ -52,8 +52,9 @@ def save(recommender: Recommender, folder: Path) -> dict[str, dict[str, Any]]:
         traced = {key: function.get_concrete_function() for key, function in functions.items()}
         module = tf.Module()
         # What the functions use, and no more: a model without the BERT shall not hold it.
-        found = {id(v): v for function in traced.values() for v in function.variables}
-        module.used, module.tables = list(found.values()), graph.tables
+        captured = {id(outer) for f in traced.values() for outer, _ in f.graph.captures}
+        module.used = [v for v in graph.variables if id(v.handle) in captured]
+        module.tables = graph.tables
         with quiet():
             tf.saved_model.save(module, str(folder / name), signatures=traced)
         out[name] = {
@@ -86,6 +87,11 @@ class Graph:
         self._text = _kept(recommender.text, "text")
         self._features = _kept(catalog.features, "features")
         self._described = _kept(recommender.described, "described")
+        # Items that no event taught anything stand in the catalog without their id.
+        rows = np.arange(len(catalog), dtype=np.int32)
+        plain = engine.encode_candidate(recommender.text, catalog.features, rows * 0)
+        taught = (np.abs(plain - recommender.vectors) > 1e-5).any(axis=1) & (rows > 0)
+        self._id_rows = tf.Variable(np.where(taught, rows, 0), trainable=False, name="id_rows")
         self._log_popularity = _kept(np.log1p(recommender.popularity), "log_popularity")
         linear = recommender.linear
         self._linear = None if linear is None else _kept(linear.weights, "linear")
@@ -93,6 +99,13 @@ class Graph:
         self._directions = (
             None if found is None else (_kept(found.mean, "mean"), _kept(found.matrix, "matrix"))
         )
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables that the functions use."""
+        models = (self._two_tower, self._ranker, self._encoder)
+        own = [value for value in vars(self).values() if isinstance(value, tf.Variable)]
+        return [*own, *(self._directions or ()), *(v for m in models if m for v in m.variables)]
 
     @property
     def tables(self) -> list[Any]:
@@ -151,9 +164,7 @@ class Graph:
         count = tf.shape(item_id)[0]
         text = tf.zeros([count, 0]) if text is None else text
         features = self._items.encode(attributes, count)
-        rows = self._rows.lookup(item_id)
-        known = self._two_tower.candidate_tower.num_rows
-        rows = tf.where(rows < known, rows, 0)
+        rows = tf.gather(self._id_rows, self._rows.lookup(item_id))
         return {"vector": self._two_tower.candidate_tower(text, features, rows)}
 
     def encode_query(self, **asked: Any) -> dict[str, Any]:
@@ -174,13 +185,17 @@ class Graph:
         nothing = tf.zeros([tf.shape(rows)[0], 1], tf.int32)
         left_out = tf.concat([rows, self._rows.lookup(exclude), nothing], axis=1)
         scores = _without(scores, left_out)
-        most = tf.minimum(tf.reduce_max(k), tf.shape(scores)[1])
+        wanted = tf.reduce_max(tf.concat([k, [0]], axis=0))
+        most = tf.minimum(wanted, tf.shape(scores)[1])
         best, found = tf.math.top_k(scores, most)
         there = (best > scores.dtype.min) & (tf.range(most)[None] < k[:, None])
         ids = tf.gather(self._ids, found)
+        missing = [[0, 0], [0, wanted - most]]
         return {
-            "item_id": tf.where(there, ids, tf.fill(tf.shape(ids), "")),
-            "score": tf.where(there, best, scores.dtype.min),
+            "item_id": tf.pad(tf.where(there, ids, tf.fill(tf.shape(ids), "")), missing),
+            "score": tf.pad(
+                tf.where(there, best, scores.dtype.min), missing, constant_values=scores.dtype.min
+            ),
         }
 
     def rank(self, candidates: Any, **asked: Any) -> dict[str, Any]:
@@ -322,13 +337,14 @@ class Graph:
         if self._linear is None:
             return tf.zeros(tf.shape(rows))
         width = self._linear.shape[0]
-        met = tf.reduce_max(
-            tf.one_hot(tf.where(history < width, history, 0), width), axis=1
-        ) * tf.cast(tf.range(width) > 0, tf.float32)
-        scores = tf.matmul(met, self._linear)
-        known = rows < width
-        found = tf.gather(scores, tf.where(known, rows, 0), batch_dims=1)
-        return tf.where(known, found, 0.0)
+        places = tf.range(tf.shape(history)[1])
+        before = (history[:, :, None] == history[:, None, :]) & (places[:, None] > places[None, :])
+        counts = (history > 0) & (history < width) & ~tf.reduce_any(before, axis=2)
+        known = (rows > 0) & (rows < width)
+        met, wanted = tf.where(counts, history, 0)[:, :, None], tf.where(known, rows, 0)[:, None]
+        cells = tf.stack([met + wanted * 0, wanted + met * 0], axis=-1)
+        found = tf.gather_nd(self._linear, cells) * tf.cast(counts, tf.float32)[:, :, None]
+        return tf.where(known, tf.reduce_sum(found, axis=1), 0.0)
 
     def _text_scores(self, history: Any, rows: Any) -> Any:
         length = self._policy.history
@@ -640,12 +656,9 @@ def compared(
             "k": np.full(len(plain), k, np.int32),
         }
         found = ask(name, {"history": history, **limits})["item_id"]
-        mine = [{catalog.ids[row] for row in rows if row} for rows in expected]
-        shares = [
-            len(ids & {_text(i) for i in its}) / max(len(ids), 1)
-            for ids, its in zip(mine, found, strict=True)
-        ]
-        return {"overlap": float(np.mean(shares))}
+        mine = [[catalog.ids[row] for row in rows if row] for rows in expected]
+        its = [[_text(i) for i in ids if len(i)] for ids in found]
+        return {"overlap": overlap(mine, its)}
     if name == "rank":
         ids = np.array([[catalog.ids[row] for row in rows] for rows in golden.candidates], object)
         found = ask(name, {"history": history, "candidates": ids[plain]})

@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tfrec import bundle
-from tfrec.artifact import MANIFEST, Artifact, current, write_json, writing
-from tfrec.bundle import CONTENT, EXAMPLES, KIND, SERVING, VERSIONS, save_rows
+from tfrec.artifact import MANIFEST, Artifact, alone, current, write_json, writing
+from tfrec.bundle import CONTENT, EXAMPLES, KIND, SERVING, VERSIONS, Bundle, save_rows
 from tfrec.config import FILE, Config, RecommendConfig
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
@@ -69,29 +70,53 @@ def run(
     told = _told(source)
     said = {"users": users, "int8": int8, "saved_models": saved_models}
     recipe = {"export": said, "recommend": told.model_dump()}
+    # One at a time: which number comes next must still be so when the version is there.
+    with alone(path):
+        made = _made(source, path, parents, recipe)
+        bundle.publish(path, int(made.path.name), keep)
+    if not users:
+        _warn(path)
+    return made
+
+
+def _made(
+    source: Path, path: Path, parents: Mapping[str, Artifact], recipe: Mapping[str, Any]
+) -> Artifact:
+    """The version that this recipe makes: the newest, if that was made by it, or else a new one."""
     numbers = bundle.versions(path)
     if numbers:
         newest = path / VERSIONS / str(numbers[-1])
         same = current(newest, kind=KIND, config=recipe, parents=parents)
         if same is not None:
-            bundle.publish(path, numbers[-1], keep)
             return same
+    said = recipe["export"]
     recommender = load_recommender(source)
     _check(recommender, source)
-    recommender = recommender if users else _without_users(recommender)
-    number = max(numbers, default=0) + 1
-    place = path / VERSIONS / str(number)
+    recommender = recommender if said["users"] else _without_users(recommender)
+    place = path / VERSIONS / str(max(numbers, default=0) + 1)
     with writing(place, kind=KIND, config=recipe, parents=parents) as draft:
-        content = _write(recommender, parents["retrieval"], draft.path, int8, saved_models)
-        write_json(draft.path / CONTENT, {**content, "recommend": told.model_dump()})
+        content = _write(
+            recommender, parents["retrieval"], draft.path, said["int8"], said["saved_models"]
+        )
+        write_json(draft.path / CONTENT, {**content, "recommend": recipe["recommend"]})
         draft.metrics |= {
             name: value
             for parent in parents.values()
             for name, value in parent.metrics.items()
             if isinstance(value, int | float)
         }
-    bundle.publish(path, number, keep)
     return Artifact.peek(place, KIND)
+
+
+def _warn(path: Path) -> None:
+    """Says which older versions still hold users."""
+    older = [n for n in bundle.versions(path) if Bundle.load(path, n, check=False).content["users"]]
+    if older:
+        print(
+            f"tfrec: {path} still holds the users of version {', '.join(map(str, older))}; "
+            "--keep 1 removes it",
+            file=sys.stderr,
+        )
 
 
 def _parents(source: Path) -> dict[str, Artifact]:

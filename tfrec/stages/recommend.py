@@ -19,7 +19,7 @@ from tfrec.bundle import Bundle, is_bundle
 from tfrec.config import FILE, Config, RecommendConfig
 from tfrec.data.raw import read_table
 from tfrec.data.tables import open_table
-from tfrec.errors import ConfigError, InputError
+from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.recommender import Recommended, Recommender, Request
 
 PIECE = 512
@@ -68,8 +68,7 @@ def run(
     users = list(user_ids or ())
     if users_file is not None:
         users += read_table(open_table(users_file, "--users"), "user_id", {}).ids
-    told = _told(Path(folder))
-    recommender = load_recommender(folder)
+    told, recommender = _opened(Path(folder))
     if profile is not None:
         _check_profile(recommender, profile)
     requests = [
@@ -113,11 +112,21 @@ def load_recommender(folder: str | os.PathLike[str]) -> Recommender:
     return engine.load_recommender(folder)
 
 
+def _opened(folder: Path) -> tuple[RecommendConfig, Recommender]:
+    if not is_bundle(folder):
+        return _told(folder), load_recommender(folder)
+    from tfrec.engines import recommender_of
+
+    bundle = Bundle.load(folder)
+    try:
+        told = RecommendConfig.model_validate(bundle.content["recommend"])
+    except (KeyError, ValueError):
+        raise ArtifactError(f"{bundle.folder} is damaged: it has no settings") from None
+    return told, recommender_of(bundle)
+
+
 def _told(folder: Path) -> RecommendConfig:
     """The run's ``[recommend]`` section; the defaults where it left no configuration."""
-    if is_bundle(folder):
-        content = Bundle.load(folder, check=False).content
-        return RecommendConfig.model_validate(content["recommend"])
     path = folder / FILE
     if not path.is_file():
         return RecommendConfig()

@@ -121,6 +121,8 @@ def _saved_models(
     try:
         from tfrec.models import serving
     except SetupError as error:
+        if addresses:
+            raise
         print(f"tfrec: the SavedModels were not run: {error}", file=sys.stderr)
         return []
     engine = recommender.engine
