@@ -25,11 +25,12 @@ from tfrec.models import weights
 
 Finding = tuple[str, str]
 
-BASE = ("numpy", "pyarrow", "pydantic", "tokenizers", "tqdm")
+BASE = ("numpy", "pyarrow", "pydantic", "tokenizers", "tqdm", "ai-edge-litert")
 TRAIN = {
     "tensorflow": "2.20.",
     "tf-keras": "2.20.",
     "tensorflow-recommenders": "0.7.7",
+    "tensorflow-serving-api": "2.20.",
     "keras": "3.15.1",
     "keras-hub": "0.32.0",
     "keras-nlp": "0.32.0",
