@@ -152,7 +152,8 @@ def tune(
         choosing = Trial(searcher, asked[:half], truth[:half, :depth])
         judging = Trial(searcher, asked[half:], truth[half:, :depth])
         plan, _ = _fastest(choosing, layout, len(store), target)
-        plans[depth] = _judged(judging if len(asked) > half else choosing, plan, layout, target)
+        judge = judging if len(asked) > half else choosing
+        plans[depth] = _judged(judge, plan, layout, len(store), target)
     return Tuned(target, plans, None if queries is None else asked)
 
 
@@ -177,9 +178,14 @@ class Trial:
         self._searcher, self._queries, self._truth = searcher, queries, np.sort(truth, axis=1)
         self._base = np.arange(len(truth))[:, None] * np.int64(1 << 32)
 
+    @property
+    def k(self) -> int:
+        """How many are looked for."""
+        return int(self._truth.shape[1])
+
     def run(self, leaves: int, candidates: int) -> tuple[float, float]:
         """Recall, and seconds of one thread."""
-        k = self._truth.shape[1]
+        k = self.k
         began = time.thread_time()
         found, scores = self._searcher.search_batched(
             self._queries, k, max(candidates, k), leaves, False, 0
@@ -192,7 +198,7 @@ class Trial:
 
 def _fastest(trial: Trial, layout: Layout, n: int, target: float) -> tuple[Plan, float]:
     """Fewer and fewer candidates, each with as few leaves as do, until that is no faster."""
-    k = trial._truth.shape[1]
+    k = trial.k
     counts = [min(n, math.ceil(k * share)) for share in _SHARES]
     ladder = _ladder(layout.leaves)
     step, best, least = _lowest(trial, ladder, counts[0], target), None, math.inf
@@ -242,14 +248,12 @@ def _trimmed(trial: Trial, plan: Plan, ladder: Sequence[int], target: float) -> 
     return plan
 
 
-def _judged(trial: Trial, plan: Plan, layout: Layout, target: float) -> Plan:
-    leaves, candidates = plan.leaves, plan.candidates
+def _judged(trial: Trial, plan: Plan, layout: Layout, n: int, target: float) -> Plan:
+    leaves, candidates, most = plan.leaves, plan.candidates, min(n, _SHARES[0] * trial.k)
     recall = trial.run(leaves, candidates)[0]
-    for _ in range(6):
-        if recall >= target:
-            break
+    while recall < target and (leaves < layout.leaves or candidates < most):
         leaves = min(layout.leaves, math.ceil(leaves * 1.05))
-        candidates = math.ceil(candidates * 1.03)
+        candidates = min(most, math.ceil(candidates * 1.05))
         recall = trial.run(leaves, candidates)[0]
     return Plan(leaves, candidates, recall)
 
