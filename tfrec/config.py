@@ -788,3 +788,20 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known here: {', '.join(sorted(known))}"
+
+
+def recommend_section(folder: Path) -> RecommendConfig:
+    """The run's ``[recommend]`` section; the defaults where it left no configuration.
+
+    Raises:
+      ConfigError: the configuration that the run left is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return RecommendConfig()
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        section = tree.get("recommend", {})
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
+    return Config.parse({"recommend": section}).recommend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -20,11 +19,11 @@ from tqdm import tqdm
 from tfrec import bundle
 from tfrec.artifact import MANIFEST, Artifact, alone, current, write_json, writing
 from tfrec.bundle import CONTENT, EXAMPLES, KIND, SERVING, VERSIONS, Bundle, save_rows
-from tfrec.config import FILE, Config, RecommendConfig
+from tfrec.config import recommend_section
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
-from tfrec.errors import ConfigError, InputError, SetupError
+from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine, load_recommender
@@ -67,7 +66,7 @@ def run(
         raise InputError(f"--keep is at least 1, and got {keep}: the new version is always kept")
     source, path = Path(folder), bundle.writable(out)
     parents = _parents(source)
-    told = _told(source)
+    told = recommend_section(source)
     said = {"users": users, "int8": int8, "saved_models": saved_models}
     recipe = {"export": said, "recommend": told.model_dump()}
     # One at a time: which number comes next must still be so when the version is there.
@@ -128,15 +127,6 @@ def _parents(source: Path) -> dict[str, Artifact]:
     if (ranking / MANIFEST).is_file():
         parents["ranking"] = Artifact.peek(ranking, "ranking")
     return parents
-
-
-def _told(source: Path) -> RecommendConfig:
-    path = source / FILE
-    try:
-        tree = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return Config.parse({"recommend": tree.get("recommend", {})}).recommend
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
 
 
 def _check(recommender: Recommender, source: Path) -> None:

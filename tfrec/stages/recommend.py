@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from tfrec.artifact import write_text
 from tfrec.bundle import Bundle, is_bundle
-from tfrec.config import FILE, Config, RecommendConfig
+from tfrec.config import RecommendConfig, recommend_section
 from tfrec.data.raw import read_table
 from tfrec.data.tables import open_table
-from tfrec.errors import ArtifactError, ConfigError, InputError
+from tfrec.errors import ArtifactError, InputError
 from tfrec.recommender import Recommended, Recommender, Request
 
 PIECE = 512
@@ -114,7 +114,7 @@ def load_recommender(folder: str | os.PathLike[str]) -> Recommender:
 
 def _opened(folder: Path) -> tuple[RecommendConfig, Recommender]:
     if not is_bundle(folder):
-        return _told(folder), load_recommender(folder)
+        return recommend_section(folder), load_recommender(folder)
     from tfrec.engines import recommender_of
 
     bundle = Bundle.load(folder)
@@ -123,19 +123,6 @@ def _opened(folder: Path) -> tuple[RecommendConfig, Recommender]:
     except (KeyError, ValueError):
         raise ArtifactError(f"{bundle.folder} is damaged: it has no settings") from None
     return told, recommender_of(bundle)
-
-
-def _told(folder: Path) -> RecommendConfig:
-    """The run's ``[recommend]`` section; the defaults where it left no configuration."""
-    path = folder / FILE
-    if not path.is_file():
-        return RecommendConfig()
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        section = tree.get("recommend", {})
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
-    return Config.parse({"recommend": section}).recommend
 
 
 def _answers(
