@@ -1,0 +1,219 @@
+"""Bundling: a recommender as the files of a bundle's version, without its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tfrec.artifact import write_json
+from tfrec.bundle import EXAMPLES, SERVING, save_rows
+from tfrec.data.catalog import Users
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import Interactions
+from tfrec.errors import InputError, SetupError
+from tfrec.golden import Golden
+from tfrec.models import litert, serving
+from tfrec.models.engine import TensorFlowEngine
+from tfrec.models.text import TextEncoder
+from tfrec.models.weights import find
+from tfrec.recommender import Recommender
+
+PACKAGES = ("tensorflow", "tf-keras", "keras-hub", "ai-edge-litert", "numpy", "scann")
+_LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
+
+
+def check_finite(recommender: Recommender, source: Path) -> None:
+    """Raises InputError if vectors of it hold values that are not finite."""
+    for name in ("vectors", "text", "profile"):
+        if not np.isfinite(getattr(recommender, name)).all():
+            raise InputError(f"the {name} of {source} hold values that are not finite; train again")
+
+
+def without_users(recommender: Recommender) -> Recommender:
+    """The same, of which nobody is known: popularity stays."""
+    events, users = recommender.interactions, recommender.users
+    columns: dict[str, tuple[str, ...]] = dict.fromkeys(users.attributes, ())
+    return Recommender(
+        recommender.engine,
+        recommender.catalog,
+        Users((), (), (), columns, users.schema),
+        Interactions(
+            events.user[:0],
+            events.item[:0],
+            events.timestamp[:0],
+            events.event[:0],
+            events.rating[:0],
+            events.weight[:0],
+            events.split[:0],
+            0,
+            events.event_names,
+        ),
+        recommender.coding,
+        recommender.vectors,
+        recommender.text,
+        recommender.profile[:0],
+        recommender.policy,
+        recommender.linear,
+        recommender.index,
+        recommender.directions,
+        recommender.popularity,
+    )
+
+
+def write(
+    recommender: Recommender,
+    text: str,
+    folder: Path,
+    *,
+    int8: bool = True,
+    saved_models: bool = True,
+) -> dict[str, Any]:
+    """Writes everything but :data:`~tfrec.bundle.CONTENT`.
+
+    Args:
+      recommender: Of a run: its engine is TensorFlow's.
+      text: Name of the pretrained text model, whose licence comes along.
+      folder: A new folder.
+      int8: Whether the text encoder's weights are int8; else float32.
+      saved_models: Whether SavedModels for TensorFlow Serving are part of it.
+
+    Returns:
+      What :data:`~tfrec.bundle.CONTENT` says, but for the serving policy of ``[recommend]``.
+
+    Raises:
+      InputError: weights are not finite.
+    """
+    engine = recommender.engine
+    assert isinstance(engine, TensorFlowEngine)
+    with _steps(4) as step:
+        step("catalog")
+        place = folder / "catalog"
+        place.mkdir()
+        Dataset(recommender.interactions, recommender.catalog, recommender.users).write(place)
+        _write_arrays(recommender, folder / "arrays")
+        recommender.index.save(folder / "index")
+        step("models")
+        models = _write_models(recommender, engine, text, folder / "litert", int8)
+        step("SavedModels")
+        if saved_models:
+            models |= _write_saved_models(recommender, folder)
+        step("questions")
+        Golden.ask(recommender).save(folder / "golden")
+        step("")
+    return {
+        "models": models,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "policy": recommender.policy.dump(),
+        "coding": asdict(recommender.coding),
+        "history": engine.two_tower.config.history,
+        "items": recommender.catalog.num_items,
+        "users": len(recommender.users),
+        "text_int8": int8,
+    }
+
+
+def _write_arrays(recommender: Recommender, folder: Path) -> None:
+    folder.mkdir()
+    arrays: dict[str, NDArray[Any]] = {
+        "vectors": recommender.vectors,
+        "popularity": recommender.popularity,
+        "text": recommender.text,
+        "profile": recommender.profile,
+    }
+    if recommender.linear is not None:
+        arrays["linear"] = recommender.linear.weights
+    if recommender.directions is not None:
+        found = recommender.directions
+        arrays["directions"] = np.vstack([found.mean, found.matrix.T])
+    for name, array in arrays.items():
+        save_rows(folder / f"{name}.npy", array)
+
+
+def _write_models(
+    recommender: Recommender,
+    engine: TensorFlowEngine,
+    text: str,
+    folder: Path,
+    int8: bool,
+) -> dict[str, Any]:
+    """The LiteRT models; returns what each takes and gives."""
+    folder.mkdir()
+    features = recommender.catalog.features.shape[1]
+    blobs = {
+        "query": litert.query_model(engine.two_tower),
+        "candidate": litert.candidate_model(engine.two_tower, recommender.text.shape[1], features),
+        "rank": litert.rank_model(engine.ranker) if engine.ranker is not None else None,
+    }
+    if recommender.text.shape[1]:
+        read = [text for text in recommender.catalog.texts if text]
+        blobs["text/model"] = litert.text_model(engine.text_encoder, int8, read)
+        _write_text(engine.text_encoder, text, folder / "text")
+    for name, blob in blobs.items():
+        if blob is not None:
+            (folder / f"{name}.tflite").write_bytes(blob)
+    return {
+        name.partition("/")[0]: {
+            "file": f"litert/{name}.tflite",
+            "runtime": "LiteRT",
+            **litert.signature(blob),
+        }
+        for name, blob in blobs.items()
+        if blob is not None
+    }
+
+
+def _write_saved_models(recommender: Recommender, folder: Path) -> dict[str, Any]:
+    """The SavedModels, with requests to warm up by, and examples that were really answered."""
+    made = serving.save(recommender, folder / SERVING)
+    asked = serving.questions(recommender, made)
+    (folder / EXAMPLES).mkdir()
+    for name, inputs in asked.items():
+        place = folder / SERVING / name
+        serving.warm_up(place, name, inputs)
+        body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
+        write_json(folder / EXAMPLES / f"{name}.request.json", body)
+        answer = {"outputs": serving.as_rest(serving.answers(place, inputs))}
+        write_json(folder / EXAMPLES / f"{name}.response.json", answer)
+    return {
+        f"{SERVING}/{name}": {"file": f"{SERVING}/{name}", "runtime": "TensorFlow", **told}
+        for name, told in made.items()
+    }
+
+
+def _write_text(encoder: TextEncoder, name: str, folder: Path) -> None:
+    """What the text model needs beside its weights, and under which licence they came."""
+    folder.mkdir()
+    encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
+    encoder.tokenizer.save(folder / "tokenizer.json")
+    with contextlib.suppress(InputError, SetupError):
+        source = find(name)
+        for pattern in _LICENCES:
+            for file in sorted(source.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _steps(count: int) -> Iterator[Callable[[str], None]]:
+    with tqdm(total=count, desc="exporting", bar_format="{desc}: {n}/{total} {postfix}") as bar:
+
+        def step(name: str) -> None:
+            bar.update(1 if bar.postfix else 0)
+            bar.set_postfix_str(name)
+
+        yield step
