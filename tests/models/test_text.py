@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_texts import TEXTS
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_bert import VOCABULARY, write_tiny_bert
 
 from tfrec.data.tokens import BUCKETS
 from tfrec.errors import ConfigError, InputError, SetupError
 from tfrec.models import text as text_module
 from tfrec.models import weights
+from tfrec.models.bert import heads_of
 from tfrec.models.keras_bridge import keras3, keras_hub, tf, tf_keras, tfrs
+from tfrec.models.named import named_variables
 from tfrec.models.text import TextEncoder
 
 LENGTH = 32
@@ -352,7 +354,8 @@ def test_a_length_beyond_the_positions_of_the_bert_is_refused(folder):
         ("config.json", "{", "is damaged: it is not valid JSON"),
         ("model.safetensors", "nonsense", "cannot be loaded"),
         ("tokenizer.json", "{}", "the tokenizer in .* cannot be read"),
-        ("modules.json", '[{"type": "x.models.Dense"}]', "a module Dense after the BERT"),
+        ("modules.json", '[{"type": "x.models.CNN"}]', "a module CNN after the BERT"),
+        ("modules.json", '[{"type": "x.models.Dense"}]', "only one Dense is supported, after Pool"),
         ("1_Pooling/config.json", '{"pooling_mode": "lasttoken"}', "pools by lasttoken"),
         ("vocab.txt", "the\na\n", r"lacks \[UNK\], \[CLS\], \[SEP\]"),
         ("vocab.txt", "\n".join([*VOCABULARY, "more"]), "do not belong together"),
@@ -376,6 +379,160 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, file, content, message)
 def test_a_bert_that_keras_nlp_cannot_be_is_refused(tmp_path, setting, message):
     made = write_tiny_bert(tmp_path / "bert", **setting)
     with pytest.raises(InputError, match=message):
+        TextEncoder.load(made, length=LENGTH)
+
+
+# ---- a linear layer after the pooling
+
+
+def with_dense(folder: Path, pooling: str = "mean_tokens", **config: object) -> Path:
+    """A tiny BERT with a Dense module of 32 x 5, as sentence-transformers writes it."""
+    made = write_tiny_bert(folder)
+    kinds = ("Transformer", "Pooling", "Dense", "Normalize")
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": f"{place}_{kind}"}
+        for place, kind in enumerate(kinds)
+    ]
+    rng = np.random.default_rng(3)
+    dense = {
+        "linear.weight": rng.normal(size=(5, 32)).astype(np.float32),
+        "linear.bias": rng.normal(size=5).astype(np.float32),
+    }
+    said = {
+        "in_features": 32,
+        "out_features": 5,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+        **config,
+    }
+    if not said["bias"]:
+        del dense["linear.bias"]
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {f"pooling_mode_{pooling}": True},
+        "2_Dense/config.json": said,
+    }
+    for name, content in files.items():
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).write_text(json.dumps(content))
+    save_file(dense, made / "2_Dense" / "model.safetensors")
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
+def test_a_dense_module_is_applied_to_the_pooled_vector(tmp_path, pooling, bias):
+    made = with_dense(tmp_path / "bert", pooling, bias=bias)
+    dense = load_file(made / "2_Dense" / "model.safetensors")
+    hidden = reference_hidden(made, IDS, 1e-12, gelu)
+    pooled = hidden[0] if pooling == "cls_token" else hidden.mean(0)
+    want = dense["linear.weight"] @ pooled + dense.get("linear.bias", 0)
+    encoder = TextEncoder.load(made, length=LENGTH)
+    np.testing.assert_allclose(encoder.encode([TEXT])[0], want / np.linalg.norm(want), atol=2e-6)
+    assert encoder.width == 5
+    assert encoder.encode_cached([TEXT], tmp_path / "cache").shape == (1, 5)
+    assert encoder.hidden(*map(tf.constant, encoder.tokenize([TEXT]))).shape == (1, 8, 32)
+
+
+def test_a_dense_module_trains_and_is_saved(tmp_path):
+    encoder = TextEncoder.load(with_dense(tmp_path / "bert"), length=LENGTH)
+    before = encoder.digest()
+    kernel = named_variables(encoder)["projection.kernel"]
+    assert id(kernel) in {id(v) for v in encoder.trainable_weights}
+    old = kernel.numpy()
+    fitted(encoder)
+    assert (kernel.numpy() != old).all()
+    assert encoder.digest() != before
+    encoder.save(tmp_path / "saved")
+    again = TextEncoder.load(tmp_path / "saved", length=LENGTH)
+    np.testing.assert_array_equal(again.encode(SOME), encoder.encode(SOME))
+    assert again.digest() == encoder.digest()
+    modules = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    assert [m["path"] for m in modules] == ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    path = tf.train.Checkpoint(text=encoder).save(str(tmp_path / "checkpoint"))
+    other = TextEncoder.load(tmp_path / "bert", length=LENGTH)
+    tf.train.Checkpoint(text=other).restore(path).assert_consumed()
+    assert other.digest() == encoder.digest()
+
+
+def test_a_frozen_encoder_freezes_its_dense_module(tmp_path):
+    encoder = TextEncoder.load(with_dense(tmp_path / "bert"), length=LENGTH, trainable=False)
+    assert encoder.trainable_weights == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "has the activation Tanh"),
+        ({"out_features": 6}, "does not hold the 32 x 6 weights"),
+        ({"pooling": "max_tokens"}, "after mean and cls pooling, not max"),
+    ],
+)
+def test_a_dense_module_that_cannot_be_used_says_why(tmp_path, change, message):
+    made = with_dense(tmp_path / "bert", **change)
+    with pytest.raises(InputError, match=message):
+        TextEncoder.load(made, length=LENGTH)
+
+
+def test_a_dense_module_without_its_weights_says_why(tmp_path):
+    made = with_dense(tmp_path / "bert")
+    (made / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        TextEncoder.load(made, length=LENGTH)
+
+
+# ---- layers that lost heads
+
+
+def without_head(folder: Path, layer: int, head: int, prefix: str = "") -> Path:
+    """The tiny BERT in a folder without a head, in the form of Hugging Face."""
+    weights = load_file(folder / "model.safetensors")
+    name, gone = f"encoder.layer.{layer}.attention.", slice(head * 16, head * 16 + 16)
+    for part in ("query", "key", "value"):
+        for kind in ("weight", "bias"):
+            inner = f"{name}self.{part}.{kind}"
+            weights[inner] = np.delete(weights[inner], gone, axis=0)
+    outer = f"{name}output.dense.weight"
+    weights[outer] = np.ascontiguousarray(np.delete(weights[outer], gone, axis=1))
+    save_file({prefix + k: v for k, v in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["pruned_heads"] = {str(layer): [head]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_pruned_head_is_a_head_that_says_nothing(tmp_path, prefix):
+    made = write_tiny_bert(tmp_path / "bert")
+    weights = load_file(made / "model.safetensors")
+    weights["encoder.layer.1.attention.output.dense.weight"][:, :16] = 0
+    save_file(weights, made / "model.safetensors")
+    want = TextEncoder.load(made, length=LENGTH).encode(SOME)
+    encoder = TextEncoder.load(without_head(made, 1, 0, prefix), length=LENGTH)
+    assert [heads_of(layer) for layer in encoder.model.transformer_layers] == [(2, 16), (1, 16)]
+    np.testing.assert_allclose(encoder.encode(SOME), want, atol=2e-6)
+    fitted(encoder)
+    encoder.save(tmp_path / "saved")
+    again = TextEncoder.load(tmp_path / "saved", length=LENGTH)
+    np.testing.assert_array_equal(again.encode(SOME), encoder.encode(SOME))
+    assert again.digest() == encoder.digest()
+    path = tf.train.Checkpoint(text=encoder).save(str(tmp_path / "checkpoint"))
+    other = TextEncoder.load(made, length=LENGTH)
+    tf.train.Checkpoint(text=other).restore(path).assert_consumed()
+    assert other.digest() == encoder.digest()
+
+
+def test_the_weights_of_a_layer_that_lost_heads_have_its_name(tmp_path):
+    made = write_tiny_bert(tmp_path / "bert")
+    whole = set(named_variables(TextEncoder.load(made, length=LENGTH)))
+    assert set(named_variables(TextEncoder.load(without_head(made, 0, 1), length=LENGTH))) == whole
+
+
+def test_kernels_that_do_not_fit_the_pruned_heads_say_so(tmp_path):
+    made = without_head(write_tiny_bert(tmp_path / "bert"), 1, 0)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "pruned_heads": {"0": [1]}}))
+    with pytest.raises(InputError, match=r"layer.0.attention.self.query.weight' is \(32, 32\) and"):
         TextEncoder.load(made, length=LENGTH)
 
 

@@ -30,6 +30,9 @@ _MODES = {
 
 Role = Literal["", "query", "passage"]
 
+DENSE = "2_Dense"
+"""Folder of the linear layer after the pooling, where a model has one."""
+
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Widths to which token arrays are padded: few, so that a compiled step sees few shapes."""
 
@@ -82,11 +85,16 @@ class TextSettings:
         """
         modules = read_json(folder / "modules.json").get("items", [])
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+        unknown = set(kinds) - {"Transformer", "Pooling", "Dense", "Normalize"}
         if unknown:
             raise InputError(
                 f"{folder} has a module {', '.join(sorted(unknown))} after the BERT; "
-                "only Pooling and Normalize are supported"
+                "only Pooling, Dense and Normalize are supported"
+            )
+        if "Dense" in kinds and kinds[2:] not in (["Dense"], ["Dense", "Normalize"]):
+            raise InputError(
+                f"{folder} has the modules {', '.join(kinds)}; only one Dense is supported, "
+                "after Pooling and before Normalize"
             )
         said = read_json(folder / "config_sentence_transformers.json")
         return cls(
@@ -97,10 +105,20 @@ class TextSettings:
             activation=str(read_json(folder / "config.json").get("hidden_act", "")),
         )
 
-    def write(self, folder: Path, width: int, length: int) -> None:
-        """Writes the files that :meth:`read` and sentence-transformers read."""
-        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalize else [])]
-        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    def write(self, folder: Path, width: int, length: int, dense: bool = False) -> None:
+        """Writes the files that :meth:`read` and sentence-transformers read.
+
+        Args:
+          folder: An existing folder.
+          width: Length of a pooled vector.
+          length: Tokens of a text that are read.
+          dense: Whether a Dense module follows the pooling; whoever writes it does so into
+            :data:`DENSE`.
+        """
+        kinds = ["Transformer", "Pooling"]
+        kinds += ["Dense"] * dense + ["Normalize"] * self.normalize
+        paths = {kind: f"{number}_{kind}" for number, kind in enumerate(kinds)}
+        paths["Transformer"] = ""
         files: dict[str, Any] = {
             "modules.json": [
                 {

@@ -1,7 +1,9 @@
 """BertBackbone <-> a Hugging Face folder.
 
 keras-hub reads such folders itself. What it does not read out of them is added here: the
-activation, the epsilon of the layer norms, the dropout, and weights without a pooler.
+activation, the epsilon of the layer norms, the dropout, weights without a pooler, and layers that
+lost heads. Hugging Face lists these heads as ``pruned_heads`` in config.json and keeps the smaller
+kernels (https://github.com/huggingface/transformers/pull/1077), and so do we.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from numpy.typing import NDArray
 from tfrec.data.tokens import read_json
 from tfrec.errors import InputError
 from tfrec.models.keras_bridge import keras3, keras_hub
+
+Arrays = Mapping[str, NDArray[np.float32]]
+"""Weights under Hugging Face's names and in its shapes."""
 
 
 def load_backbone(folder: Path, dtype: str | None = "float32") -> Any:
@@ -43,17 +48,59 @@ def load_backbone(folder: Path, dtype: str | None = "float32") -> Any:
         settings["num_segments"] = config.get("type_vocab_size", 2)
         settings["dropout"] = config.get("hidden_dropout_prob", 0.1)
     try:
+        if config.get("pruned_heads"):
+            return build_backbone(config, _arrays(folder), dtype)
         with _with_pooler(folder) as complete:
             backbone = keras_hub.models.BertBackbone.from_preset(str(complete), **settings)
     except Exception as error:  # noqa: BLE001 - whatever a foreign file makes keras-hub raise
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"the BERT in {folder} cannot be loaded: {reason}") from None
-    backbone.pooled_dense.trainable = False
-    for layer in backbone.transformer_layers:
-        _multiply_once(layer._feedforward_intermediate_dense)
-        _multiply_once(layer._feedforward_output_dense)
+    _prepare(backbone)
     if hugging_face:
         _adjust(backbone, config)
+    return backbone
+
+
+def build_backbone(config: Mapping[str, Any], arrays: Arrays, dtype: Any = "float32") -> Any:
+    """A ``BertBackbone`` with given weights, of whose layers some may have lost heads.
+
+    Args:
+      config: What config.json says; see :func:`config_of`.
+      arrays: The weights; without a pooler, it is zeros.
+      dtype: What the BERT computes in; None: the global policy.
+
+    Raises:
+      ValueError: a weight is missing or has another shape than the configuration says.
+    """
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=config["vocab_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        hidden_dim=config["hidden_size"],
+        intermediate_dim=config["intermediate_size"],
+        dropout=config.get("hidden_dropout_prob", 0.1),
+        max_sequence_length=config["max_position_embeddings"],
+        num_segments=config.get("type_vocab_size", 2),
+        dtype=dtype,
+    )
+    for number, pruned in (config.get("pruned_heads") or {}).items():
+        if pruned:
+            _prune(backbone.transformer_layers[int(number)], len(set(pruned)))
+    _prepare(backbone)
+    _adjust(backbone, config)
+    expected = tensors(backbone)
+    for name, variable in _parts(backbone):
+        given = arrays.get(name)
+        if given is None and name.startswith("pooler."):
+            given = np.zeros_like(expected[name])
+        if given is None:
+            raise ValueError(f"the weight '{name}' is missing")
+        if given.shape != expected[name].shape:
+            raise ValueError(
+                f"the weight '{name}' is {given.shape} and should be {expected[name].shape}"
+            )
+        value = given.T if _is_kernel(name) else given
+        variable.assign(value.reshape(variable.shape))
     return backbone
 
 
@@ -68,6 +115,13 @@ def save_backbone(backbone: Any, folder: Path, activation: str = "gelu") -> None
     from safetensors.numpy import save_file
 
     save_file(tensors(backbone), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = config_of(backbone, activation)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+
+
+def config_of(backbone: Any, activation: str = "gelu") -> dict[str, Any]:
+    """What config.json says of a ``BertBackbone``; for the arguments see :func:`save_backbone`."""
+    heads = int(backbone.num_heads)
     config = {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -84,7 +138,19 @@ def save_backbone(backbone: Any, folder: Path, activation: str = "gelu") -> None
         "layer_norm_eps": float(backbone.embeddings_layer_norm.epsilon),
         "pad_token_id": 0,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+    # Which heads they were says nothing any more: the others have moved up.
+    pruned = {
+        str(number): list(range(count, heads))
+        for number, count in enumerate(heads_of(layer)[0] for layer in backbone.transformer_layers)
+        if count < heads
+    }
+    return {**config, "pruned_heads": pruned} if pruned else config
+
+
+def heads_of(layer: Any) -> tuple[int, int]:
+    """Heads of a transformer layer, and their size."""
+    heads, size = layer._self_attention_layer.query_dense.bias.shape
+    return int(heads), int(size)
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:
@@ -118,6 +184,35 @@ def _adjust(backbone: Any, config: Mapping[str, Any]) -> None:
         layer._feedforward_layer_norm.epsilon = epsilon
         if activation is not None:
             layer._feedforward_intermediate_dense.activation = activation
+
+
+def _prepare(backbone: Any) -> None:
+    backbone.pooled_dense.trainable = False
+    for layer in backbone.transformer_layers:
+        _multiply_once(layer._feedforward_intermediate_dense)
+        _multiply_once(layer._feedforward_output_dense)
+
+
+def _prune(layer: Any, count: int) -> None:
+    """Takes ``count`` heads out of a layer; the others keep their size."""
+    old = layer._self_attention_layer
+    heads, size = heads_of(layer)
+    width = int(layer._feedforward_output_dense.bias.shape[0])
+    with keras3.name_scope(layer.name, caller=layer):
+        new = keras3.layers.MultiHeadAttention(
+            num_heads=heads - count,
+            key_dim=size,
+            dropout=layer.dropout,
+            dtype=old.dtype_policy,
+            name=old.name,
+        )
+        new.build(*[(None, None, width)] * 2)
+    place = layer._layers.index(old)
+    layer._tracker.unlock()
+    layer._self_attention_layer = new
+    layer._layers.remove(new)
+    layer._layers[place] = new
+    layer._tracker.lock()
 
 
 def _multiply_once(dense: Any) -> None:
@@ -163,38 +258,55 @@ def _with_pooler(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def _arrays(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """The weights in a folder, whatever head their BERT is part of."""
+    from safetensors.numpy import load_file
+
+    found = load_file(str(folder / "model.safetensors"))
+    return {name.removeprefix("bert."): value for name, value in found.items()}
+
+
 def tensors(backbone: Any) -> dict[str, NDArray[np.float32]]:
     """The weights under Hugging Face's names and in its shapes."""
+    found = {name: np.asarray(value, np.float32) for name, value in _parts(backbone)}
+    for name, value in found.items():
+        if _is_kernel(name):
+            outputs = found[f"{name.removesuffix('.weight')}.bias"].size
+            value = value.reshape(-1, outputs).T
+        elif name.endswith(".bias"):
+            value = value.reshape(-1)
+        found[name] = np.ascontiguousarray(value)
+    return found
+
+
+def _parts(backbone: Any) -> Iterator[tuple[str, Any]]:
+    """Hugging Face's names and what Keras has for them: kernels are (in, out), heads apart."""
     embedding = "embeddings.{}_embeddings.weight"
-    out = {
-        embedding.format("word"): backbone.token_embedding.embeddings,
-        embedding.format("position"): backbone.position_embedding.position_embeddings,
-        embedding.format("token_type"): backbone.segment_embedding.embeddings,
-        **_norm("embeddings.LayerNorm", backbone.embeddings_layer_norm),
-    }
+    yield embedding.format("word"), backbone.token_embedding.embeddings
+    yield embedding.format("position"), backbone.position_embedding.position_embeddings
+    yield embedding.format("token_type"), backbone.segment_embedding.embeddings
+    norms = {"embeddings.LayerNorm": backbone.embeddings_layer_norm}
+    dense: dict[str, Any] = {}
     for number, layer in enumerate(backbone.transformer_layers):
         name, attention = f"encoder.layer.{number}.", layer._self_attention_layer
-        out |= _norm(f"{name}attention.output.LayerNorm", layer._self_attention_layer_norm)
-        out |= _norm(f"{name}output.LayerNorm", layer._feedforward_layer_norm)
-        dense = {
-            "attention.self.query": attention.query_dense,
-            "attention.self.key": attention.key_dense,
-            "attention.self.value": attention.value_dense,
-            "attention.output.dense": attention.output_dense,
-            "intermediate.dense": layer._feedforward_intermediate_dense,
-            "output.dense": layer._feedforward_output_dense,
+        norms[f"{name}attention.output.LayerNorm"] = layer._self_attention_layer_norm
+        norms[f"{name}output.LayerNorm"] = layer._feedforward_layer_norm
+        dense |= {
+            f"{name}attention.self.query": attention.query_dense,
+            f"{name}attention.self.key": attention.key_dense,
+            f"{name}attention.self.value": attention.value_dense,
+            f"{name}attention.output.dense": attention.output_dense,
+            f"{name}intermediate.dense": layer._feedforward_intermediate_dense,
+            f"{name}output.dense": layer._feedforward_output_dense,
         }
-        for part, source in dense.items():
-            out |= _dense(name + part, source)
-    out |= _dense("pooler.dense", backbone.pooled_dense)
-    return {name: np.ascontiguousarray(np.asarray(v, np.float32)) for name, v in out.items()}
+    dense["pooler.dense"] = backbone.pooled_dense
+    for name, norm in norms.items():
+        yield f"{name}.weight", norm.gamma
+        yield f"{name}.bias", norm.beta
+    for name, one in dense.items():
+        yield f"{name}.weight", one.kernel
+        yield f"{name}.bias", one.bias
 
 
-def _norm(name: str, layer: Any) -> dict[str, Any]:
-    return {f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta}
-
-
-def _dense(name: str, layer: Any) -> dict[str, Any]:
-    """Kernel (in, out), perhaps with heads apart, -> weight (out, in)."""
-    kernel, bias = np.asarray(layer.kernel), np.asarray(layer.bias).reshape(-1)
-    return {f"{name}.weight": kernel.reshape(-1, bias.size).T, f"{name}.bias": bias}
+def _is_kernel(name: str) -> bool:
+    return name.endswith(".weight") and not name.endswith(("LayerNorm.weight", "embeddings.weight"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tfrec.data.sequences import query_inputs
 from tfrec.data.tokens import packed
 from tfrec.errors import InputError
-from tfrec.models.bert import tensors
+from tfrec.models.bert import heads_of, tensors
 from tfrec.models.int8 import Inputs, balanced, coded, rounded
 from tfrec.models.keras_bridge import flatbuffers, freezing, tf
 from tfrec.models.ranking import Ranker
@@ -30,6 +30,7 @@ Arrays = Mapping[str, NDArray[Any]]
 _NOT_FINITE = (
     "the model holds weights that are not finite; train it again, with a lower learning rate"
 )
+_PROJECTION = "linear"
 _PLACES = "embeddings.position_embeddings.weight"
 _CALIBRATION = 16_384  # tokens that are read before rounding
 _TOKENS = 512  # of these at a time
@@ -68,7 +69,10 @@ def convert(function: Callable[..., Any], signature: Mapping[str, Any], int8: bo
 
 
 def text_model(encoder: TextEncoder, int8: bool = True, calibration: Sequence[str] = ()) -> bytes:
-    """The BERT up to its last layer, for :class:`tfrec.engines.TextModel`.
+    """The BERT up to the pooling, for :class:`tfrec.engines.TextModel`.
+
+    A linear layer after the pooling comes before it here, which gives the same: the mean of what
+    it makes of the tokens is what it makes of their mean.
 
     Inputs: int32 ``token_ids`` and ``positions`` (t,), float32 ``mask`` (t, t), 0 where a token
     sees another and a large negative number where not. Output: float32 (t, width).
@@ -85,6 +89,9 @@ def text_model(encoder: TextEncoder, int8: bool = True, calibration: Sequence[st
     """
     weights, settings = tensors(encoder.model), encoder.model
     weights[_PLACES] = weights[_PLACES][: encoder.tokenizer.length]
+    if encoder.projection is not None:
+        kernel, bias = encoder.projection.get_weights()
+        weights |= {f"{_PROJECTION}.weight": kernel.T, f"{_PROJECTION}.bias": bias}
     products = _products(weights, settings)
     if int8 and calibration:
         seen = _inputs(encoder, weights, products, calibration)
@@ -139,7 +146,8 @@ def bert(
     """A BERT encoder over one row of tokens.
 
     Args:
-      weights: By Hugging Face's names, see :func:`tfrec.models.bert.tensors`.
+      weights: By Hugging Face's names, see :func:`tfrec.models.bert.tensors`; ``linear`` is a
+        projection of what the last layer gives.
       backbone: Says heads, layers, epsilons and activation.
       products: By Hugging Face's names; that of ``attention.self`` gives queries, which are scaled
         already, keys and values side by side.
@@ -153,7 +161,6 @@ def bert(
     Returns:
       float32 (t, width).
     """
-    heads = int(backbone.num_heads)
 
     def norm(values: Any, name: str, layer: Any, smooth: Any = None) -> tuple[Any, Any]:
         """What the next product reads, and the values of the layer norm."""
@@ -170,9 +177,8 @@ def bert(
         watch(name, values)
         return products[name](values)
 
-    def split(values: Any) -> Any:
-        size = values.shape[-1] // heads
-        return tf.transpose(tf.reshape(values, [-1, heads, size]), [1, 0, 2])
+    def split(values: Any, layer: Any) -> Any:
+        return tf.transpose(tf.reshape(values, [-1, *heads_of(layer)]), [1, 0, 2])
 
     def smooth_of(name: str) -> Any:
         return products[name].smooth if name in products else None
@@ -185,12 +191,11 @@ def bert(
     )
     for number, layer in enumerate(backbone.transformer_layers):
         name = f"encoder.layer.{number}."
-        width = hidden.shape[-1]
         parts = product(f"{name}attention.self", read)
-        query, key, value = (split(part) for part in tf.split(parts, 3, axis=-1))
+        query, key, value = (split(part, layer) for part in tf.split(parts, 3, axis=-1))
         scores = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + mask)
         found = _with_prompts(tf.matmul(scores, value), query, layer)
-        mixed = tf.reshape(tf.transpose(found, [1, 0, 2]), [-1, width])
+        mixed = tf.reshape(tf.transpose(found, [1, 0, 2]), [-1, np.prod(heads_of(layer))])
         told = product(f"{name}attention.output.dense", mixed)
         told = _adapted(told, layer._self_attention_dropout)
         read, hidden = norm(
@@ -205,9 +210,15 @@ def bert(
             hidden + fed,
             f"{name}output.LayerNorm",
             layer._feedforward_layer_norm,
-            smooth_of(f"encoder.layer.{number + 1}.attention.self"),
+            smooth_of(_after(number, backbone)),
         )
-    return hidden
+    return product(_PROJECTION, read) if _PROJECTION in products else hidden
+
+
+def _after(number: int, backbone: Any) -> str:
+    """The product that reads what a layer gives."""
+    last = number + 1 == len(backbone.transformer_layers)
+    return _PROJECTION if last else f"encoder.layer.{number + 1}.attention.self"
 
 
 def query_model(two_tower: TwoTower, int8: bool = False) -> bytes:
@@ -321,10 +332,10 @@ def _products(weights: Arrays, backbone: Any) -> dict[str, Product]:
         bias = bias + kernel @ weights[f"{norm}.bias"]
         return Product(np.ascontiguousarray(kernel.T), bias, normed=True)
 
-    scaled = ((int(backbone.hidden_dim) // int(backbone.num_heads)) ** -0.5, 1.0, 1.0)
     norm = "embeddings.LayerNorm"
     found = {}
-    for number in range(int(backbone.num_layers)):
+    for number, layer in enumerate(backbone.transformer_layers):
+        scaled = (heads_of(layer)[1] ** -0.5, 1.0, 1.0)
         name = f"encoder.layer.{number}."
         inner = f"{name}attention.self"
         parts = [f"{inner}.{part}" for part in ("query", "key", "value")]
@@ -334,6 +345,8 @@ def _products(weights: Arrays, backbone: Any) -> dict[str, Product]:
         found[f"{name}intermediate.dense"] = product(f"{name}intermediate.dense", norm=norm)
         found[f"{name}output.dense"] = product(f"{name}output.dense")
         norm = f"{name}output.LayerNorm"
+    if f"{_PROJECTION}.weight" in weights:
+        found[_PROJECTION] = product(_PROJECTION, norm=norm)
     return found
 
 

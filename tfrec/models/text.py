@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tfrec.data.sources import cache_folder
-from tfrec.data.tokens import Role, TextSettings, TextTokenizer, padded
+from tfrec.data.tokens import DENSE, Role, TextSettings, TextTokenizer, padded
 from tfrec.errors import ConfigError, InputError
 from tfrec.models import weights
 from tfrec.models.bert import load_backbone, save_backbone
-from tfrec.models.keras_bridge import Hosted, tf
+from tfrec.models.keras_bridge import Hosted, tf, tf_keras
+from tfrec.models.projection import Projection
 from tfrec.models.text_cache import TextCache
 
 _WINDOW = 8192  # texts tokenised together: a bound on memory
@@ -40,19 +41,26 @@ class TextEncoder(Hosted):
       backbone: A keras-nlp ``BertBackbone``.
       tokenizer: Its tokenizer.
       settings: How tokens become one vector.
+      projection: A linear layer after the pooling, or None.
 
     Attributes:
       tokenizer: As given; ``tokenizer.length`` tokens of a text are read.
       settings: As given.
+      projection: The linear layer, a tf_keras Dense, or None.
       width: Length of a vector.
 
     Raises:
       ConfigError: more tokens are to be read than the BERT has positions.
-      InputError: tokenizer and BERT do not belong together.
+      InputError: tokenizer, BERT and projection do not belong together.
     """
 
     def __init__(
-        self, backbone: Any, tokenizer: TextTokenizer, settings: TextSettings, **kwargs: Any
+        self,
+        backbone: Any,
+        tokenizer: TextTokenizer,
+        settings: TextSettings,
+        projection: Projection | None = None,
+        **kwargs: Any,
     ) -> None:
         kwargs.setdefault("name", "text_encoder")
         super().__init__(backbone, dtype="float32", **kwargs)
@@ -69,7 +77,24 @@ class TextEncoder(Hosted):
         self.tokenizer = tokenizer
         self.settings = settings
         self.width = int(backbone.hidden_dim)
+        self.projection: Any = None
+        if projection is not None:
+            self.projection = self._projection(projection)
+            self.width = projection.kernel.shape[1]
         self.retrace()
+
+    def _projection(self, given: Projection) -> Any:
+        if len(given.kernel) != self.width:
+            raise InputError(
+                f"the Dense module reads vectors of {len(given.kernel)} numbers and the BERT gives "
+                f"{self.width}: they do not belong together"
+            )
+        if self.settings.pooling == "max":
+            raise InputError("a Dense module is supported after mean and cls pooling, not max")
+        dense = tf_keras.layers.Dense(given.kernel.shape[1], dtype="float32", name="projection")
+        dense.build((None, self.width))
+        dense.set_weights(given)
+        return dense
 
     def retrace(self) -> None:
         """Makes :meth:`encode` see that layers were added to the BERT or taken out."""
@@ -102,8 +127,10 @@ class TextEncoder(Hosted):
         """
         found = weights.find(name)
         settings = TextSettings.read(found)
+        projection = Projection.load(found)
         backbone = load_backbone(found, dtype)
-        return cls(backbone, TextTokenizer.load(found, length), settings, trainable=trainable)
+        tokenizer = TextTokenizer.load(found, length)
+        return cls(backbone, tokenizer, settings, projection, trainable=trainable)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a Hugging Face folder that :meth:`load` and sentence-transformers read.
@@ -115,7 +142,11 @@ class TextEncoder(Hosted):
         out.mkdir(parents=True, exist_ok=True)
         save_backbone(self.model, out, self.settings.activation or "gelu_new")
         self.tokenizer.save(out / "tokenizer.json")
-        self.settings.write(out, self.width, self.tokenizer.length)
+        dense = self.projection is not None
+        if dense:
+            Projection(*self.projection.get_weights()).save(out / DENSE)
+        width = int(self.model.hidden_dim)
+        self.settings.write(out, width, self.tokenizer.length, dense)
 
     def call(self, token_ids: Any, padding_mask: Any, training: bool | None = None) -> Any:
         """Vectors of tokenised texts.
@@ -230,6 +261,8 @@ class TextEncoder(Hosted):
             # The states of random generators change and decide about nothing here.
             if "seed_generator" not in variable.path:
                 hashed.update(np.ascontiguousarray(variable.value.numpy()).data)
+        for array in self.projection.get_weights() if self.projection is not None else ():
+            hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
 
     def _maker(self) -> str:
@@ -240,7 +273,7 @@ class TextEncoder(Hosted):
         return hashlib.sha256(f"{self.digest()} {computes}".encode()).hexdigest()
 
     def hidden(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
-        """Every token encoded, before pooling: float32 (batch, tokens, width), as :meth:`call`."""
+        """Every token encoded, before pooling: float32 (batch, tokens, width of the BERT)."""
         token_ids = tf.convert_to_tensor(token_ids)
         segments = tf.zeros_like(token_ids)
         features = {"token_ids": token_ids, "segment_ids": segments, "padding_mask": padding_mask}
@@ -250,6 +283,8 @@ class TextEncoder(Hosted):
         padding_mask = tf.convert_to_tensor(padding_mask)
         hidden = self.hidden(token_ids, padding_mask, training)
         vectors = _pool(hidden, padding_mask, self.settings.pooling)
+        if self.projection is not None:
+            vectors = self.projection(vectors)
         return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
 
 

@@ -67,14 +67,14 @@ class TextPretrainer(TaskModel):
         }
         # At the start the head hands on the vectors of the tokens.
         self.transform = tf_keras.layers.Dense(
-            encoder.width, kernel_initializer="identity", name="transform"
+            encoder.model.hidden_dim, kernel_initializer="identity", name="transform"
         )
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-12, name="norm")
         self.bias = self.add_weight(
             name="bias", shape=(encoder.model.vocabulary_size,), initializer="zeros"
         )
         self.part_means = {name: tf_keras.metrics.Mean(name=name) for name in self.weights_of}
-        self.norm(self.transform(tf.zeros([1, 1, encoder.width])))
+        self.norm(self.transform(tf.zeros([1, 1, encoder.model.hidden_dim])))
 
     def compute_loss(self, inputs: Mapping[str, Any], training: bool = False) -> Any:
         """Weighted sum of the objectives, as a replica's share of the global batch's mean."""

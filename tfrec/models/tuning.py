@@ -144,7 +144,11 @@ def tune_text(encoder: TextEncoder, config: TuningConfig) -> Depths:
         for layer in layers:
             _recompute(layer)
     encoder.retrace()
-    return {id(v.value): depth for depth, level in enumerate(moving) for v in level}
+    depths = {id(v.value): depth for depth, level in enumerate(moving) for v in level}
+    if encoder.projection is not None:
+        encoder.projection.trainable = config.text == "full"
+        depths |= {id(v): 0 for v in encoder.projection.trainable_weights}
+    return depths
 
 
 def _text_moving(layer: Any, number: int, config: TuningConfig) -> list[Any]:

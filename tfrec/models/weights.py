@@ -102,6 +102,7 @@ KNOWN: Mapping[str, Known] = {
 _HUB_FILES = (
     *("config.json", "modules.json", "*_config.json", "config_sentence_transformers.json"),
     *("tokenizer.json", "vocab.txt", "special_tokens_map.json", "1_Pooling/config.json"),
+    *("2_Dense/config.json", "2_Dense/model.safetensors"),
     *("model*.safetensors", "model.safetensors.index.json", "LICENSE*", "NOTICE*", "README.md"),
 )
 
