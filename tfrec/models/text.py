@@ -282,13 +282,14 @@ class TextEncoder(Hosted):
     def _vectors(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
         padding_mask = tf.convert_to_tensor(padding_mask)
         hidden = self.hidden(token_ids, padding_mask, training)
-        vectors = _pool(hidden, padding_mask, self.settings.pooling)
+        vectors = pool(hidden, padding_mask, self.settings.pooling)
         if self.projection is not None:
             vectors = self.projection(vectors)
         return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
 
 
-def _pool(hidden: Any, padding_mask: Any, mode: str) -> Any:
+def pool(hidden: Any, padding_mask: Any, mode: str) -> Any:
+    """float32 (batch, width) of (batch, tokens, width), by :attr:`TextSettings.pooling`."""
     mask = tf.cast(padding_mask, hidden.dtype)[:, :, None]
     if mode == "cls":
         return hidden[:, 0]
