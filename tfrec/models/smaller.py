@@ -297,8 +297,9 @@ class _Small:
         last, self._same = told, self._same and len(rows) == count
         for later in range(number + 1, end + 1):
             last, self._same = large.layer(later, last.hidden), False
+        target = last.fed if last is told else _scaled(last.fed, told.fed)
         values = large.activated(number, inner)
-        summed = self._write(name + _FED, old + _FED, values, rows, last.fed)
+        summed = self._write(name + _FED, old + _FED, values, rows, target)
         norm = "output.LayerNorm"
         self._norm(name + norm, _LAYER.format(end) + norm, summed, last.hidden)
         self._told, self._next = last.hidden, end + 1
@@ -411,6 +412,15 @@ def _damped(centred: Floats) -> NDArray[np.float64]:
 def _normed(values: Floats, epsilon: float) -> Floats:
     centred = values - values.mean(-1, keepdims=True)
     found: Floats = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + epsilon)
+    return found
+
+
+def _scaled(values: Floats, like: Floats) -> Floats:
+    """Rows that a layer norm takes for ``values``, moved and scaled to be near to others."""
+    mean = like.mean(-1, keepdims=True)
+    centred = values - values.mean(-1, keepdims=True)
+    scale = (centred * (like - mean)).sum(-1, keepdims=True)
+    found: Floats = mean + centred * (scale / np.square(centred).sum(-1, keepdims=True))
     return found
 
 
