@@ -48,6 +48,11 @@ def encoder(folder):
     return TextEncoder.load(folder, length=16)
 
 
+@pytest.fixture(scope="module")
+def narrow(encoder):
+    return smaller(encoder, TEXTS, width=16, neurons=48)
+
+
 def changed(tmp_path, dead=(), plain=False):
     """The tiny BERT with parts of its weights at zero, (name, place) each.
 
@@ -107,13 +112,13 @@ class TestExact:
 class TestFit:
     @pytest.mark.parametrize("numbers", [{"heads": 1}, {"neurons": 32}, {"layers": 2}])
     def test_it_beats_kernels_that_stay_as_they_are(self, encoder, monkeypatch, numbers):
-        fitted = near(smaller(encoder, TEXTS, **numbers), encoder)
+        lost = 1 - near(smaller(encoder, TEXTS, **numbers), encoder)
 
         def alone(values, target, start):
             return start, target.mean(0) - values.mean(0) @ start
 
         monkeypatch.setattr(module, "_fitted", alone)
-        assert fitted > near(smaller(encoder, TEXTS, **numbers), encoder) + 0.02
+        assert lost < 0.6 * (1 - near(smaller(encoder, TEXTS, **numbers), encoder))
 
     def test_what_the_others_can_replace_goes_first(self):
         rng = np.random.default_rng(0)
@@ -130,10 +135,6 @@ class TestFit:
 
 
 class TestWidth:
-    @pytest.fixture(scope="class")
-    def narrow(self, encoder):
-        return smaller(encoder, TEXTS, width=16, neurons=48)
-
     def test_vectors_have_the_width_they_had(self, encoder, narrow):
         assert (narrow.model.hidden_dim, narrow.model.num_heads, narrow.width) == (16, 1, 32)
         assert narrow.encode(HELD).shape == (50, 32)
