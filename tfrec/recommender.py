@@ -18,7 +18,7 @@ from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
-from tfrec.index import ExactIndex, Index, Ragged, TopK, make_index, top_k
+from tfrec.index import ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int32]
@@ -26,6 +26,7 @@ Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
 _FADED = 0.01  # share of the further weight of popularity below which there is none
+_STEP = 0.125  # of the spread of linear weights: the least step of their codes
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
 TOLD = 1e-3
@@ -138,10 +139,26 @@ class LinearItems:
     """A linear item-item model: an item's score is the sum of its weights to the history.
 
     Attributes:
-      weights: float32 (n + 1, n + 1); row: item of the history, column: item scored.
+      weights: float32 (n + 1, n + 1); row: item of the history, column: item scored. Or int8 codes
+        of them.
+      scales: float32 (n + 1,), what to multiply each column of codes by; None: they are float32.
     """
 
-    weights: Floats
+    weights: NDArray[Any]
+    scales: Floats | None = None
+
+    def coded(self) -> LinearItems:
+        """The same as int8 codes.
+
+        Most weights are small and a few are large. A column's scale is that of its largest weight,
+        but not below a share of the spread of all: smaller steps would cost room, since the codes
+        compress less, and change few lists.
+        """
+        if self.scales is not None:
+            return self
+        weights = np.asarray(self.weights, np.float32)
+        codes, scales = int8_rows(weights.T, _STEP * float(weights.std()))
+        return LinearItems(np.ascontiguousarray(codes.T), scales)
 
     def scores(self, histories: Ragged) -> Floats:
         """float32 (batch, n + 1), of every item; each item of a history counts once."""
@@ -149,8 +166,8 @@ class LinearItems:
         # A history is short beside the catalog: adding its rows beats a product with all of them.
         for user, met in self._met(histories):
             for start in range(0, len(met), BLOCK):
-                out[user] += self.weights[met[start : start + BLOCK]].sum(axis=0)
-        return out
+                out[user] += self._sum(self.weights[met[start : start + BLOCK]])
+        return out if self.scales is None else out * self.scales
 
     def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
         """float32 (batch, c), of the items int32 (batch, c) alone."""
@@ -159,8 +176,16 @@ class LinearItems:
         wanted = np.where(known, rows, 0)
         for user, met in self._met(histories):
             for start in range(0, len(met), BLOCK):
-                out[user] += self.weights[met[start : start + BLOCK, None], wanted[user]].sum(0)
-        return out * known
+                some = self.weights[met[start : start + BLOCK, None], wanted[user]]
+                out[user] += self._sum(some)
+        return out * known if self.scales is None else out * self.scales[wanted] * known
+
+    def _sum(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """(c,), the sum of rows (m, c): float32, or whole numbers of codes."""
+        total: NDArray[Any] = rows.sum(
+            axis=0, dtype=np.float32 if self.scales is None else np.int32
+        )
+        return total
 
     def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Each user with what he met, without the unknown, items added later, and repeats."""

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
-from tfrec.bundle import EXAMPLES, SERVING, save_rows
+from tfrec.bundle import EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
+from tfrec.index import ExactIndex
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.text import TextEncoder
@@ -33,8 +33,11 @@ _LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
 
 def check_finite(recommender: Recommender, source: Path) -> None:
     """Raises InputError if vectors of it hold values that are not finite."""
-    for name in ("vectors", "text", "profile"):
-        if not np.isfinite(getattr(recommender, name)).all():
+    arrays = {name: getattr(recommender, name) for name in ("vectors", "text", "profile")}
+    if recommender.linear is not None:
+        arrays["linear weights"] = recommender.linear.weights
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
             raise InputError(f"the {name} of {source} hold values that are not finite; train again")
 
 
@@ -83,7 +86,8 @@ def write(
       recommender: Of a run: its engine is TensorFlow's.
       text: Name of the pretrained text model, whose licence comes along.
       folder: A new folder.
-      int8: Whether the text encoder's weights are int8; else float32.
+      int8: Whether the text encoder's weights, the vectors and the linear model are int8; else
+        float32.
       saved_models: Whether SavedModels for TensorFlow Serving are part of it.
 
     Returns:
@@ -99,8 +103,9 @@ def write(
         place = folder / "catalog"
         place.mkdir()
         Dataset(recommender.interactions, recommender.catalog, recommender.users).write(place)
-        _write_arrays(recommender, folder / "arrays")
-        recommender.index.save(folder / "index")
+        _write_arrays(recommender, folder / "arrays", int8)
+        if not isinstance(recommender.index, ExactIndex):  # that is made anew as fast as read
+            recommender.index.save(folder / "index")
         step("models")
         models = _write_models(recommender, engine, text, folder / "litert", int8)
         step("SavedModels")
@@ -118,24 +123,25 @@ def write(
         "items": recommender.catalog.num_items,
         "users": len(recommender.users),
         "text_int8": int8,
+        "arrays_int8": int8,
     }
 
 
-def _write_arrays(recommender: Recommender, folder: Path) -> None:
+def _write_arrays(recommender: Recommender, folder: Path, int8: bool) -> None:
     folder.mkdir()
-    arrays: dict[str, NDArray[Any]] = {
-        "vectors": recommender.vectors,
-        "popularity": recommender.popularity,
-        "text": recommender.text,
-        "profile": recommender.profile,
-    }
-    if recommender.linear is not None:
-        arrays["linear"] = recommender.linear.weights
+    for name in ("vectors", "text", "profile"):
+        save_rows(folder / f"{name}.npy", getattr(recommender, name), int8)
+    save_rows(folder / "popularity.npy", recommender.popularity)
+    linear = recommender.linear
+    if linear is not None and int8:
+        linear = linear.coded()
+    if linear is not None and linear.scales is not None:
+        save_codes(folder / "linear.npy", linear.weights, linear.scales)
+    elif linear is not None:
+        save_rows(folder / "linear.npy", linear.weights)
     if recommender.directions is not None:
         found = recommender.directions
-        arrays["directions"] = np.vstack([found.mean, found.matrix.T])
-    for name, array in arrays.items():
-        save_rows(folder / f"{name}.npy", array)
+        save_rows(folder / "directions.npy", np.vstack([found.mean, found.matrix.T]))
 
 
 def _write_models(
