@@ -26,6 +26,7 @@ Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
 _FADED = 0.01  # share of the further weight of popularity below which there is none
+_PIECE = 256  # items of a history at a time: so many codes of int8 add up to no more than an int16
 _STEP = 0.125  # of the spread of linear weights: the least step of their codes
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
@@ -165,9 +166,8 @@ class LinearItems:
         out = np.zeros((len(histories), len(self.weights)), np.float32)
         # A history is short beside the catalog: adding its rows beats a product with all of them.
         for user, met in self._met(histories):
-            for start in range(0, len(met), BLOCK):
-                out[user] += self._sum(self.weights[met[start : start + BLOCK]])
-        return out if self.scales is None else out * self.scales
+            out[user] += self.weights[met].sum(axis=0, dtype=self._total)
+        return self._scaled(out, self.scales)
 
     def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
         """float32 (batch, c), of the items int32 (batch, c) alone."""
@@ -175,28 +175,30 @@ class LinearItems:
         known = rows < len(self.weights)
         wanted = np.where(known, rows, 0)
         for user, met in self._met(histories):
-            for start in range(0, len(met), BLOCK):
-                some = self.weights[met[start : start + BLOCK, None], wanted[user]]
-                out[user] += self._sum(some)
-        return out * known if self.scales is None else out * self.scales[wanted] * known
+            out[user] += self.weights[met[:, None], wanted[user]].sum(axis=0, dtype=self._total)
+        return self._scaled(out, None if self.scales is None else self.scales[wanted]) * known
 
-    def _sum(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """(c,), the sum of rows (m, c): float32, or whole numbers of codes."""
-        total: NDArray[Any] = rows.sum(
-            axis=0, dtype=np.float32 if self.scales is None else np.int32
-        )
-        return total
+    @property
+    def _total(self) -> type[np.float32] | type[np.int16]:
+        return np.float32 if self.scales is None else np.int16
+
+    @staticmethod
+    def _scaled(scores: Floats, scales: Floats | None) -> Floats:
+        if scales is not None:
+            scores *= scales
+        return scores
 
     def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Each user with what he met, without the unknown, items added later, and repeats."""
+        """Each user with what he met, a piece at a time, without the unknown, items added later,
+        and repeats."""
         width = len(self.weights)
         user = np.repeat(np.arange(len(histories)), histories.lengths)
         known = (histories.ids > 0) & (histories.ids < width)
         user, item = np.divmod(np.unique(user[known] * width + histories.ids[known]), width)
         ends = np.searchsorted(user, np.arange(len(histories)), side="right")
         for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
-            if stop > start:
-                yield place, item[start:stop]
+            for first in range(start, stop, _PIECE):
+                yield place, item[first : min(first + _PIECE, stop)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,14 +20,15 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
-from tfrec.index import ExactIndex
+from tfrec.index import ExactIndex, int8_rows
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
-from tfrec.recommender import Recommender
+from tfrec.recommender import Floats, Recommender
 
 PACKAGES = ("tensorflow", "tf-keras", "keras-hub", "ai-edge-litert", "numpy", "scann")
+_MOVED = 0.1  # in spreads of the texts along a direction
 _LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
 
 
@@ -129,8 +130,10 @@ def write(
 
 def _write_arrays(recommender: Recommender, folder: Path, int8: bool) -> None:
     folder.mkdir()
-    for name in ("vectors", "text", "profile"):
-        save_rows(folder / f"{name}.npy", getattr(recommender, name), int8)
+    save_rows(folder / "vectors.npy", recommender.vectors, int8)
+    for name in ("text", "profile"):
+        array = getattr(recommender, name)
+        save_rows(folder / f"{name}.npy", array, int8 and _bears_int8(recommender, array))
     save_rows(folder / "popularity.npy", recommender.popularity)
     linear = recommender.linear
     if linear is not None and int8:
@@ -142,6 +145,16 @@ def _write_arrays(recommender: Recommender, folder: Path, int8: bool) -> None:
     if recommender.directions is not None:
         found = recommender.directions
         save_rows(folder / "directions.npy", np.vstack([found.mean, found.matrix.T]))
+
+
+def _bears_int8(recommender: Recommender, array: Floats) -> bool:
+    """Whether the ranker reads nearly the same of vectors of texts, float32 (n, width), in int8.
+
+    Where all texts are alike, what tells them apart can be smaller than a step.
+    """
+    codes, scales = int8_rows(array)
+    moved = recommender.read(codes * scales[:, None]) - recommender.read(array)
+    return float(np.abs(moved).max(initial=0)) <= _MOVED
 
 
 def _write_models(
