@@ -69,8 +69,10 @@ def files(run: Path) -> None:
     print("\n| file | float32, MB | default, MB |\n|---|---|---|")
     names = dict.fromkeys([*sizes[False], *sizes[True]])
     for name in sorted(names, key=lambda n: -sizes[False].get(n, 0)):
-        print(f"| {name} | " + " | ".join(f"{s.get(name, 0) / 1e6:.2f}" for s in sizes.values()))
-    print("| all | " + " | ".join(f"{sum(s.values()) / 1e6:.2f}" for s in sizes.values()))
+        print(
+            f"| {name} | " + " | ".join(f"{s.get(name, 0) / 1e6:.2f}" for s in sizes.values()), "|"
+        )
+    print("| all | " + " | ".join(f"{sum(s.values()) / 1e6:.2f}" for s in sizes.values()), "|")
 
 
 class Judge:
@@ -134,9 +136,9 @@ def lists(run: Path) -> None:
     for name in ("vectors", "text", "profile"):
         array, bytes_ = rounded(getattr(recommender, name))
         setattr(recommender, name, array)
-        judge.tell(f"{name} too" if name != "vectors" else name, bytes_)
         rows = np.arange(1, len(recommender.vectors), dtype=np.int32)
         recommender.index = make_index(recommender.vectors[1:], rows)
+        judge.tell(f"{name} too" if name != "vectors" else name, bytes_)
     if linear is not None:
         recommender.linear = linear.coded()
         judge.tell("all, as exported", packed(recommender.linear.weights))
@@ -150,6 +152,22 @@ def least_ms(call: Callable[[], Any], times: int) -> float:
         call()
         found.append(time.perf_counter() - began)
     return 1000 * min(found)
+
+
+def ranked(recommender: Recommender, *asked: Any) -> dict[str, Matrix]:
+    """What the ranker is given by ``recommender.parts(*asked)``."""
+    given: dict[str, Matrix] = {}
+
+    class Recorder:
+        def rank(self, inputs: dict[str, Matrix]) -> dict[str, Matrix]:
+            given.update(inputs)
+            return {}
+
+    engine = recommender.engine
+    recommender.engine = Recorder()  # type: ignore[assignment]
+    recommender.parts(*asked)
+    recommender.engine = engine
+    return given
 
 
 def models(run: Path) -> None:
@@ -190,6 +208,9 @@ def models(run: Path) -> None:
     )
     rows = recommender.candidates(who, query, policy.candidates)
     everything = replace(policy, score=dict.fromkeys(policy.tasks, 1.0))
+    given = ranked(recommender, who.take(np.arange(1)), query[:1], rows[:1], everything)
+    took = [f"{least_ms(functools.partial(one.rank, given), 50):.2f}" for one in engines.values()]
+    print(f"| rank, {rows.shape[1]} candidates of 1 user, ms | {' | '.join(took)} |")
     told_by = {}
     for int8, one in engines.items():
         recommender.engine = one
