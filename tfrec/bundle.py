@@ -11,6 +11,7 @@ so a reader finds the old one or the new one, whole.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 import tfrec
 from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json, write_text
 from tfrec.errors import ArtifactError, InputError
+from tfrec.index import int8_rows
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # in format 1 all arrays are floats
+_CODES, _SCALES = ".int8.npy.zst", ".scales.npy"
+_LEVEL = 1  # Huffman codes and few matches: small numbers compress no further
 _BATCHING = """max_batch_size { value: 128 }
 batch_timeout_micros { value: 2000 }
 max_enqueued_batches { value: 1000 }
@@ -208,36 +214,94 @@ def _newest(folder: Path) -> int:
         told, number = found["format"], found["version"]
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{path} is damaged: it is not the JSON of a bundle") from None
-    if told != FORMAT:
+    if told not in _READ:
         raise ArtifactError(
-            f"{folder} has bundle format {told}, and this tfrec {tfrec.__version__} reads format "
-            f"{FORMAT}; take the tfrec that wrote it, or export again"
+            f"{folder} has bundle format {told}, and this tfrec {tfrec.__version__} reads formats "
+            f"{' and '.join(map(str, _READ))}; take the tfrec that wrote it, or export again"
         )
     if found.get("kind") != KIND or not isinstance(number, int):
         raise ArtifactError(f"{path} is damaged: it is not the JSON of a bundle")
     return number
 
 
-def save_rows(path: Path, array: NDArray[Any]) -> None:
-    """Writes an array as .npy; where many rows are the same, each once and which row is which."""
+def save_rows(path: Path, array: NDArray[Any], int8: bool = False) -> None:
+    """Writes an array as .npy; where many rows are the same, each once and which row is which.
+
+    Args:
+      path: Ends in ``.npy``.
+      array: (n, ...).
+      int8: Whether float32 (n, width) is rounded to int8 with a scale for each row.
+    """
     rows, which = np.unique(array, axis=0, return_inverse=True)
     if len(rows) * 2 < len(array):
         np.save(path.with_suffix(".rows.npy"), which.reshape(-1).astype(np.int32))
         array = rows
-    np.save(path, array, allow_pickle=False)
+    if int8:
+        save_codes(path, *int8_rows(array))
+    else:
+        np.save(path, array, allow_pickle=False)
 
 
 def load_rows(path: Path) -> NDArray[Any]:
-    """Reads what :func:`save_rows` wrote.
+    """Reads what :func:`save_rows` wrote; float32 where it rounded to int8.
 
     Raises:
       ArtifactError: a file is missing or damaged.
     """
+    array: NDArray[Any]
+    if holds_codes(path):
+        codes, scales = load_codes(path)
+        if len(codes) != len(scales):
+            raise ArtifactError(
+                f"{path} cannot be read: it has {len(codes)} rows and {len(scales)} scales"
+            )
+        array = codes * scales[:, None]
+    else:
+        array = _load(path)
+    which = path.with_suffix(".rows.npy")
+    try:
+        return array[_load(which)] if which.is_file() else array
+    except IndexError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+
+def save_codes(path: Path, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> None:
+    """Writes int8 codes as .npy in zstd beside where ``path`` would be, and their scales."""
+    stream = io.BytesIO()
+    np.save(stream, codes, allow_pickle=False)
+    packed = pa.Codec("zstd", compression_level=_LEVEL).compress(stream.getvalue(), asbytes=True)
+    path.with_suffix(_CODES).write_bytes(packed)
+    np.save(path.with_suffix(_SCALES), scales, allow_pickle=False)
+
+
+def holds_codes(path: Path) -> bool:
+    """Whether :func:`save_codes` was given this path, and not an array of floats."""
+    return path.with_suffix(_CODES).is_file()
+
+
+def load_codes(path: Path) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Reads the codes and scales that :func:`save_codes` wrote.
+
+    Raises:
+      ArtifactError: a file is missing or damaged.
+    """
+    file = path.with_suffix(_CODES)
+    try:
+        with pa.input_stream(file, compression="zstd") as stream:
+            codes: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from None
+    scales = _load(path.with_suffix(_SCALES))
+    if codes.dtype != np.int8 or codes.ndim != 2:
+        raise ArtifactError(f"{file} cannot be read: it holds {codes.dtype} {codes.shape}")
+    if scales.dtype != np.float32 or scales.ndim != 1 or not np.isfinite(scales).all():
+        raise ArtifactError(f"{path.with_suffix(_SCALES)} cannot be read: it holds no scales")
+    return codes, scales
+
+
+def _load(path: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, allow_pickle=False)
-        which = path.with_suffix(".rows.npy")
-        if which.is_file():
-            array = array[np.load(which, allow_pickle=False)]
-    except (OSError, ValueError, EOFError, IndexError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     return array

@@ -435,7 +435,8 @@ def _add_export(verbs: Verbs) -> None:
         "--int8",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the text encoder has int8 weights, a quarter of the size (yes)",
+        help="whether the text encoder, the vectors and the linear model are int8 (yes); else "
+        "float32, four times as large",
     )
     verb.add_argument(
         "--saved-models",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.bundle import Bundle, load_rows
+from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
 from tfrec.errors import ArtifactError, InputError, SetupError
-from tfrec.index import load_index, make_index
+from tfrec.index import Index, load_index, make_index
 from tfrec.index.exact import cores
 from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
 from tfrec.terminal import quiet
@@ -256,16 +257,15 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
     dataset = Dataset.read(folder / "catalog")
     policy = Policy.parse(told["policy"])
     engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads)
-    names = [Path(name) for name in bundle.artifact.files if name.startswith("arrays/")]
-    arrays = {
-        name.stem: load_rows(folder / name) for name in names if not name.name.endswith(".rows.npy")
-    }
-    directions = arrays.get("directions")
-    try:
-        index = load_index(folder / "index")
-    except SetupError:  # there is no ScaNN for this machine
-        rows = np.arange(1, len(dataset.catalog), dtype=np.int32)
-        index = make_index(arrays["vectors"][1:], rows, "exact")
+    arrays = folder / "arrays"
+    vectors, text, profile, popularity = (
+        load_rows(arrays / f"{name}.npy") for name in ("vectors", "text", "profile", "popularity")
+    )
+    directions = None
+    if "arrays/directions.npy" in bundle.artifact.files:
+        mean, *matrix = load_rows(arrays / "directions.npy")
+        directions = TextDirections(mean, np.stack(matrix, axis=1))
+    index = _index(folder / "index", vectors)
     if any(not (folder / name).is_file() for name in bundle.artifact.files):
         raise ArtifactError(f"{folder} was removed while it was read; read the newest version")
     return Recommender(
@@ -274,12 +274,31 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
         dataset.users,
         dataset.interactions,
         EventCoding.parse(told["coding"]),
-        arrays["vectors"],
-        arrays["text"],
-        arrays["profile"],
+        vectors,
+        text,
+        profile,
         policy,
-        LinearItems(arrays["linear"]) if "linear" in arrays else None,
+        _linear(bundle),
         index,
-        None if directions is None else TextDirections(directions[0], directions[1:].T.copy()),
-        arrays["popularity"],
+        directions,
+        popularity,
     )
+
+
+def _linear(bundle: Bundle) -> LinearItems | None:
+    """The linear model, in whichever form it is there; None: there is none."""
+    path = bundle.folder / "arrays" / "linear.npy"
+    if not any(name.startswith("arrays/linear.") for name in bundle.artifact.files):
+        return None
+    codes, scales = load_codes(path) if holds_codes(path) else (load_rows(path), None)
+    if codes.shape != 2 * codes.shape[:1] or (scales is not None and len(scales) != len(codes)):
+        raise ArtifactError(f"{path} cannot be read: its weights are of shape {codes.shape}")
+    return LinearItems(codes, scales)
+
+
+def _index(folder: Path, vectors: Floats) -> Index:
+    """The index that was tuned for the vectors, or an exact one."""
+    with contextlib.suppress(SetupError):  # there is no ScaNN for this machine
+        if folder.is_dir():
+            return load_index(folder)
+    return make_index(vectors[1:], np.arange(1, len(vectors), dtype=np.int32), "exact")

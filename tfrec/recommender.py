@@ -18,7 +18,7 @@ from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
-from tfrec.index import ExactIndex, Index, Ragged, TopK, make_index, top_k
+from tfrec.index import ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int32]
@@ -26,6 +26,8 @@ Source = Literal["behaviour", "text", "popular"]
 
 BLOCK = 512
 _FADED = 0.01  # share of the further weight of popularity below which there is none
+_PIECE = 256  # items of a history at a time: so many codes of int8 add up to no more than an int16
+_STEP = 0.125  # of the spread of linear weights: the least step of their codes
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
 TOLD = 1e-3
@@ -138,19 +140,34 @@ class LinearItems:
     """A linear item-item model: an item's score is the sum of its weights to the history.
 
     Attributes:
-      weights: float32 (n + 1, n + 1); row: item of the history, column: item scored.
+      weights: float32 (n + 1, n + 1); row: item of the history, column: item scored. Or int8 codes
+        of them.
+      scales: float32 (n + 1,), what to multiply each column of codes by; None: they are float32.
     """
 
-    weights: Floats
+    weights: NDArray[Any]
+    scales: Floats | None = None
+
+    def coded(self) -> LinearItems:
+        """The same as int8 codes.
+
+        Most weights are small and a few are large. A column's scale is that of its largest weight,
+        but not below a share of the spread of all: smaller steps would cost room, since the codes
+        compress less, and change few lists.
+        """
+        if self.scales is not None:
+            return self
+        weights = np.asarray(self.weights, np.float32)
+        codes, scales = int8_rows(weights.T, _STEP * float(weights.std()))
+        return LinearItems(np.ascontiguousarray(codes.T), scales)
 
     def scores(self, histories: Ragged) -> Floats:
         """float32 (batch, n + 1), of every item; each item of a history counts once."""
         out = np.zeros((len(histories), len(self.weights)), np.float32)
         # A history is short beside the catalog: adding its rows beats a product with all of them.
         for user, met in self._met(histories):
-            for start in range(0, len(met), BLOCK):
-                out[user] += self.weights[met[start : start + BLOCK]].sum(axis=0)
-        return out
+            out[user] += self.weights[met].sum(axis=0, dtype=self._total)
+        return self._scaled(out, self.scales)
 
     def scores_of(self, histories: Ragged, rows: Rows) -> Floats:
         """float32 (batch, c), of the items int32 (batch, c) alone."""
@@ -158,20 +175,30 @@ class LinearItems:
         known = rows < len(self.weights)
         wanted = np.where(known, rows, 0)
         for user, met in self._met(histories):
-            for start in range(0, len(met), BLOCK):
-                out[user] += self.weights[met[start : start + BLOCK, None], wanted[user]].sum(0)
-        return out * known
+            out[user] += self.weights[met[:, None], wanted[user]].sum(axis=0, dtype=self._total)
+        return self._scaled(out, None if self.scales is None else self.scales[wanted]) * known
+
+    @property
+    def _total(self) -> type[np.float32] | type[np.int16]:
+        return np.float32 if self.scales is None else np.int16
+
+    @staticmethod
+    def _scaled(scores: Floats, scales: Floats | None) -> Floats:
+        if scales is not None:
+            scores *= scales
+        return scores
 
     def _met(self, histories: Ragged) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Each user with what he met, without the unknown, items added later, and repeats."""
+        """Each user with what he met, a piece at a time, without the unknown, items added later,
+        and repeats."""
         width = len(self.weights)
         user = np.repeat(np.arange(len(histories)), histories.lengths)
         known = (histories.ids > 0) & (histories.ids < width)
         user, item = np.divmod(np.unique(user[known] * width + histories.ids[known]), width)
         ends = np.searchsorted(user, np.arange(len(histories)), side="right")
         for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
-            if stop > start:
-                yield place, item[start:stop]
+            for first in range(start, stop, _PIECE):
+                yield place, item[first : min(first + _PIECE, stop)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,13 +15,13 @@ from serving_server import serving_at
 
 from tfrec import bundle, cli, models
 from tfrec.artifact import Artifact, content_digest, file_digest, write_json
-from tfrec.bundle import Bundle
+from tfrec.bundle import Bundle, holds_codes, load_rows
 from tfrec.engines import recommender_of
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.golden import Golden
-from tfrec.models import serving
+from tfrec.models import bundling, serving
 from tfrec.models.engine import load_recommender
-from tfrec.recommender import Request
+from tfrec.recommender import Request, TextDirections
 from tfrec.stages import export, verify
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,14 @@ def made(run, tmp_path_factory):
     """A bundle with one version; changed by no test."""
     out = tmp_path_factory.mktemp("exported") / "bundle"
     export.run(run, out, **PLAIN)
+    return out
+
+
+@pytest.fixture(scope="module")
+def made_small(run, tmp_path_factory):
+    """A bundle in int8 with one version; changed by no test."""
+    out = tmp_path_factory.mktemp("exported") / "small"
+    export.run(run, out, saved_models=False)
     return out
 
 
@@ -140,13 +148,75 @@ class TestExport:
         for mine, its in zip(trained.recommend(asked), exported.recommend(asked), strict=True):
             assert [item.item_id for item in mine] == [item.item_id for item in its]
 
-    def test_int8_is_smaller_and_verified_by_bounds_of_its_own(self, run, made, tmp_path):
-        export.run(run, tmp_path / "small", saved_models=False)
+    def test_int8_is_smaller_and_verified_by_bounds_of_its_own(self, made, made_small):
         text = "versions/1/litert/text/model.tflite"
-        assert (tmp_path / "small" / text).stat().st_size < (made / text).stat().st_size
-        found = {f"{f.model}, {f.measure}": f for f in verify.run(tmp_path / "small")}
+        assert (made_small / text).stat().st_size < (made / text).stat().st_size
+        found = {f"{f.model}, {f.measure}": f for f in verify.run(made_small)}
         assert found["text, LiteRT int8, cosine min"].bound == verify.INT8["cosine_min"]
-        assert found["query, LiteRT float32, cosine min"].ok
+        rank = found["rank, LiteRT float32, max difference"]
+        assert rank.bound == verify.INT8_ARRAYS["max_difference"]
+        assert not [one for one in found.values() if not one.ok]
+
+    def test_vectors_and_linear_model_are_int8_unless_told_otherwise(self, run, made, made_small):
+        trained, exact, small = (
+            load_recommender(run),
+            recommender_of(Bundle.load(made)),
+            recommender_of(Bundle.load(made_small)),
+        )
+        for name in ("vectors", "text", "profile"):
+            np.testing.assert_array_equal(getattr(exact, name), getattr(trained, name))
+        apart = np.abs(small.vectors - trained.vectors)
+        step = np.abs(trained.vectors).max(axis=1, keepdims=True) / 127
+        assert (apart <= 0.501 * step).all()
+        assert apart.max() > 0
+        # This BERT is random: to it all texts are nearly the same, and int8 would tell no more.
+        np.testing.assert_array_equal(small.text, trained.text)
+        assert (exact.linear.weights.dtype, small.linear.weights.dtype) == (np.float32, np.int8)
+        error = small.linear.weights * small.linear.scales - trained.linear.weights
+        assert 0 < np.abs(error).max() <= 0.501 * small.linear.scales.max()
+        for made_of in (exact, small):
+            np.testing.assert_array_equal(made_of.index.ids, trained.index.ids)
+
+    def test_texts_that_int8_tells_apart_are_int8(self, run, tmp_path):
+        recommender = load_recommender(run)
+        rng = np.random.default_rng(0)
+        recommender.text = rng.normal(size=recommender.text.shape).astype(np.float32)
+        most = recommender.directions.matrix.shape[1]
+        recommender.directions = TextDirections.of(recommender.text, most)
+        bundling.write(recommender, "", tmp_path, saved_models=False)
+        assert holds_codes(tmp_path / "arrays" / "text.npy")
+        found = load_rows(tmp_path / "arrays" / "text.npy")
+        apart = recommender.read(found) - recommender.read(recommender.text)
+        assert 0 < np.abs(apart).max() < 0.1
+
+    def test_a_bundle_of_format_1_is_read(self, run, made, tmp_path):
+        """Its arrays are floats, and its index is beside them whatever its kind."""
+        shutil.copytree(made, tmp_path / "old", symlinks=True)
+        folder = tmp_path / "old" / "versions" / "1"
+        trained = load_recommender(run)
+        trained.index.save(folder / "index")
+        content = json.loads((folder / "content.json").read_text())
+        del content["arrays_int8"]
+        write_json(folder / "content.json", content)
+        _rewrite(folder)
+        manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+        write_json(tmp_path / "old" / "manifest.json", {**manifest, "format": 1})
+        asked = requests(trained)
+        old = recommender_of(Bundle.load(tmp_path / "old"))
+        for mine, its in zip(trained.recommend(asked), old.recommend(asked), strict=True):
+            assert [item.item_id for item in mine] == [item.item_id for item in its]
+        assert all(one.ok for one in verify.run(tmp_path / "old"))
+
+    @pytest.mark.parametrize("name", ["linear", "vectors"])
+    def test_damaged_codes_are_one_line(self, made_small, tmp_path, name, capsys):
+        shutil.copytree(made_small, tmp_path / "small", symlinks=True)
+        folder = tmp_path / "small" / "versions" / "1"
+        path = folder / "arrays" / f"{name}.int8.npy.zst"
+        path.write_bytes(path.read_bytes()[:-4])
+        _rewrite(folder)
+        assert cli.main(["recommend", str(tmp_path / "small"), "--history", "i2"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{name}.int8.npy.zst cannot be read" in line
 
     def test_two_exports_at_once_make_two_versions(self, run, copy):
         def make(users):
@@ -341,7 +411,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ('{"format": 99, "version": 1}', "bundle format 99, and this tfrec .* reads format 1"),
+            (
+                '{"format": 99, "version": 1}',
+                "bundle format 99, and this tfrec .* reads formats 1 and 2",
+            ),
             ('{"format": 1, "version": 1}', "is damaged"),
             ("not JSON", "is damaged"),
             ("[]", "is damaged"),

@@ -297,6 +297,21 @@ def whole_numbers(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     return ids.astype(np.int64, copy=False)
 
 
+def int8_rows(vectors: Floats, least: float = 0.0) -> tuple[NDArray[np.int8], Floats]:
+    """Vectors rounded to int8, each with a scale of its own.
+
+    Args:
+      vectors: float32 (n, dim).
+      least: No scale is smaller.
+
+    Returns:
+      int8 codes (n, dim), -127 to 127, and the float32 scales (n,) to multiply them by.
+    """
+    scales = np.maximum(np.abs(vectors).max(axis=1, initial=0) / np.float32(127), least)
+    whole = np.rint(vectors / np.where(scales > 0, scales, 1)[:, None])
+    return whole.astype(np.int8), scales.astype(np.float32)
+
+
 def _longer(array: NDArray[Any], size: int) -> NDArray[Any]:
     longer = np.zeros((size, *array.shape[1:]), array.dtype)
     longer[: min(len(array), size)] = array[:size]
@@ -308,9 +323,7 @@ def _encoded(vectors: Floats, precision: Precision) -> tuple[NDArray[Any], Float
         bits = np.ascontiguousarray(vectors).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), None
     if precision == "int8":
-        scales = np.abs(vectors).max(axis=1) / np.float32(127)
-        whole = np.rint(vectors / np.where(scales > 0, scales, 1)[:, None])
-        return whole.astype(np.int8), scales.astype(np.float32)
+        return int8_rows(vectors)
     return np.array(vectors, np.float32, order="C"), None
 
 

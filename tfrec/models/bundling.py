@@ -11,30 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
-from tfrec.bundle import EXAMPLES, SERVING, save_rows
+from tfrec.bundle import EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
+from tfrec.index import ExactIndex, int8_rows
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
-from tfrec.recommender import Recommender
+from tfrec.recommender import Floats, Recommender
 
 PACKAGES = ("tensorflow", "tf-keras", "keras-hub", "ai-edge-litert", "numpy", "scann")
+_MOVED = 0.1  # in spreads of the texts along a direction
 _LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
 
 
 def check_finite(recommender: Recommender, source: Path) -> None:
     """Raises InputError if vectors of it hold values that are not finite."""
-    for name in ("vectors", "text", "profile"):
-        if not np.isfinite(getattr(recommender, name)).all():
+    arrays = {name: getattr(recommender, name) for name in ("vectors", "text", "profile")}
+    if recommender.linear is not None:
+        arrays["linear weights"] = recommender.linear.weights
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
             raise InputError(f"the {name} of {source} hold values that are not finite; train again")
 
 
@@ -83,7 +87,8 @@ def write(
       recommender: Of a run: its engine is TensorFlow's.
       text: Name of the pretrained text model, whose licence comes along.
       folder: A new folder.
-      int8: Whether the text encoder's weights are int8; else float32.
+      int8: Whether the text encoder's weights, the vectors and the linear model are int8; else
+        float32.
       saved_models: Whether SavedModels for TensorFlow Serving are part of it.
 
     Returns:
@@ -99,8 +104,9 @@ def write(
         place = folder / "catalog"
         place.mkdir()
         Dataset(recommender.interactions, recommender.catalog, recommender.users).write(place)
-        _write_arrays(recommender, folder / "arrays")
-        recommender.index.save(folder / "index")
+        _write_arrays(recommender, folder / "arrays", int8)
+        if not isinstance(recommender.index, ExactIndex):  # that is made anew as fast as read
+            recommender.index.save(folder / "index")
         step("models")
         models = _write_models(recommender, engine, text, folder / "litert", int8)
         step("SavedModels")
@@ -118,24 +124,37 @@ def write(
         "items": recommender.catalog.num_items,
         "users": len(recommender.users),
         "text_int8": int8,
+        "arrays_int8": int8,
     }
 
 
-def _write_arrays(recommender: Recommender, folder: Path) -> None:
+def _write_arrays(recommender: Recommender, folder: Path, int8: bool) -> None:
     folder.mkdir()
-    arrays: dict[str, NDArray[Any]] = {
-        "vectors": recommender.vectors,
-        "popularity": recommender.popularity,
-        "text": recommender.text,
-        "profile": recommender.profile,
-    }
-    if recommender.linear is not None:
-        arrays["linear"] = recommender.linear.weights
+    save_rows(folder / "vectors.npy", recommender.vectors, int8)
+    for name in ("text", "profile"):
+        array = getattr(recommender, name)
+        save_rows(folder / f"{name}.npy", array, int8 and _bears_int8(recommender, array))
+    save_rows(folder / "popularity.npy", recommender.popularity)
+    linear = recommender.linear
+    if linear is not None and int8:
+        linear = linear.coded()
+    if linear is not None and linear.scales is not None:
+        save_codes(folder / "linear.npy", linear.weights, linear.scales)
+    elif linear is not None:
+        save_rows(folder / "linear.npy", linear.weights)
     if recommender.directions is not None:
         found = recommender.directions
-        arrays["directions"] = np.vstack([found.mean, found.matrix.T])
-    for name, array in arrays.items():
-        save_rows(folder / f"{name}.npy", array)
+        save_rows(folder / "directions.npy", np.vstack([found.mean, found.matrix.T]))
+
+
+def _bears_int8(recommender: Recommender, array: Floats) -> bool:
+    """Whether the ranker reads nearly the same of vectors of texts, float32 (n, width), in int8.
+
+    Where all texts are alike, what tells them apart can be smaller than a step.
+    """
+    codes, scales = int8_rows(array)
+    moved = recommender.read(codes * scales[:, None]) - recommender.read(array)
+    return float(np.abs(moved).max(initial=0)) <= _MOVED
 
 
 def _write_models(

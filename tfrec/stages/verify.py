@@ -25,6 +25,9 @@ that prediction, the share of common items in lists of ten."""
 INT8 = {"cosine_min": 0.99}
 """The same of a text encoder with int8 weights."""
 
+INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1}
+"""The same of float models that read int8 vectors, where the trained ones read float32."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -83,11 +86,10 @@ def run(
     golden = Golden.load(found.folder / "golden")
     recommender = recommender_of(found)
     again = Golden.answered(recommender, golden.texts, golden.requests, golden.candidates)
-    int8 = bool(found.content["text_int8"])
     out = [
         finding
         for part, measures in golden.compare(again).items()
-        for finding in _judged(part, measures, int8)
+        for finding in _judged(part, measures, found)
     ]
     return out + _saved_models(found, names, golden, recommender, addresses)
 
@@ -131,11 +133,13 @@ def _saved_models(
     def here(name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return serving.answers(found.folder / SERVING / name, inputs)
 
+    # Vectors are float32 inside SavedModels; those of texts are given.
+    bounds = {n: _bounds(found) if n == "encode_candidate" else FLOORS for n in names}
     asked: dict[str, serving.Ask] = {"SavedModel": here}
     ways = {"gRPC": serving.over_grpc, "REST": serving.over_rest}
     asked |= {f"by {way} of {address}": ways[way](address) for way, address in addresses.items()}
     return [
-        Finding(f"{name}, {where}", measure.replace("_", " "), value, FLOORS.get(measure))
+        Finding(f"{name}, {where}", measure.replace("_", " "), value, bounds[name].get(measure))
         for where, ask in asked.items()
         for name in names
         for measure, value in serving.compared(
@@ -144,9 +148,14 @@ def _saved_models(
     ]
 
 
-def _judged(part: str, measures: dict[str, float], int8: bool) -> Iterator[Finding]:
-    kind = "int8" if part == "text" and int8 else "float32"
-    bounds = {**FLOORS, **(INT8 if kind == "int8" else {})}
+def _judged(part: str, measures: dict[str, float], found: Bundle) -> Iterator[Finding]:
+    kind = "int8" if part == "text" and found.content["text_int8"] else "float32"
+    bounds = {**FLOORS, **INT8} if kind == "int8" else FLOORS if part == "text" else _bounds(found)
     name = "the whole chain" if part == "lists" else f"{part}, LiteRT {kind}"
     for measure, value in measures.items():
         yield Finding(name, measure.replace("_", " "), value, bounds.get(measure))
+
+
+def _bounds(found: Bundle) -> dict[str, float]:
+    """What models must keep that read the vectors of a bundle."""
+    return {**FLOORS, **(INT8_ARRAYS if found.content.get("arrays_int8") else {})}
