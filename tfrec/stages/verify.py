@@ -25,6 +25,9 @@ that prediction, the share of common items in lists of ten."""
 INT8 = {"cosine_min": 0.99}
 """The same of a text encoder with int8 weights."""
 
+APPROXIMATE = {"overlap": 0.8}
+"""The same of approximate search, which is tuned to find 0.95 of what is best."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -127,21 +130,43 @@ def _saved_models(
         return []
     engine = recommender.engine
     assert isinstance(engine, LiteRTEngine)
+    told = found.content["models"]
+    needs = {name: told.get(f"{SERVING}/{name}", {}).get("needs", []) for name in names}
 
     def here(name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return serving.answers(found.folder / SERVING / name, inputs)
+        return serving.answers(found.folder / SERVING / name, inputs, needs[name])
 
     asked: dict[str, serving.Ask] = {"SavedModel": here}
     ways = {"gRPC": serving.over_grpc, "REST": serving.over_rest}
     asked |= {f"by {way} of {address}": ways[way](address) for way, address in addresses.items()}
-    return [
-        Finding(f"{name}, {where}", measure.replace("_", " "), value, FLOORS.get(measure))
-        for where, ask in asked.items()
-        for name in names
-        for measure, value in serving.compared(
-            name, ask, golden, recommender, engine.tokenize
-        ).items()
-    ]
+    out = []
+    for where, ask in asked.items():
+        for name in names:
+            try:
+                if where == "SavedModel":
+                    serving.ready(needs[name])
+                measured = serving.compared(name, ask, golden, recommender, engine.tokenize)
+            except SetupError as error:
+                # What needs more than a server or a machine has to have may be missing there.
+                absent = where == "SavedModel" or isinstance(error, serving.NotServedError)
+                if not (needs[name] and absent):
+                    raise
+                print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
+                continue
+            bounds = _bounds(name, bool(found.content["text_int8"]))
+            out += [
+                Finding(f"{name}, {where}", measure.replace("_", " "), value, bounds.get(measure))
+                for measure, value in measured.items()
+            ]
+    return out
+
+
+def _bounds(model: str, int8: bool) -> Mapping[str, float]:
+    """What a SavedModel must keep."""
+    if model == "retrieve_scann":
+        return {**FLOORS, **APPROXIMATE}
+    stored = model == "encode_text_int8" or (int8 and model == "encode_text_strings")
+    return {**FLOORS, **INT8} if stored else FLOORS
 
 
 def _judged(part: str, measures: dict[str, float], int8: bool) -> Iterator[Finding]:
