@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,12 @@ from tfrec.models.keras_bridge import tf
 
 
 class Models:
-    """Every model of a folder ``<model>/<version>``, the newest version."""
+    """The models ``<model>/<version>`` that a folder's config lists, the newest version."""
 
-    def __init__(self, folder: Path) -> None:
-        places = {
-            path: max(path.glob("*"), key=lambda v: int(v.name)) for path in folder.glob("*/")
-        }
+    def __init__(self, folder: Path, config: str) -> None:
+        told = (folder / config).read_text() if (folder / config).is_file() else ""
+        paths = [folder / name for name in re.findall('name: "(.*)"', told)]
+        places = {path: max(path.glob("*"), key=lambda v: int(v.name)) for path in paths}
         self.loaded = {path.name: tf.saved_model.load(str(v)) for path, v in places.items()}
 
     def predict(self, name: str, signature: str, inputs: dict) -> dict:
@@ -51,9 +52,10 @@ class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 @contextmanager
-def serving_at(folder: Path) -> Iterator[tuple[str, str]]:
+def serving_at(folder: Path, config: str = "models.config") -> Iterator[tuple[str, str]]:
     """Runs the models of a folder; gives the addresses of gRPC and REST."""
-    models = Models(folder)
+    serving.ready(["tensorflow-text", "scann"])
+    models = Models(folder, config)
     rpc = grpc.server(ThreadPoolExecutor(2))
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(models), rpc)
     port = rpc.add_insecure_port("127.0.0.1:0")

@@ -3,7 +3,8 @@
     BUNDLE/
       manifest.json        which version is the newest, and all that there is to know about it
       versions/3/          an artifact: models, vectors, catalog, histories, policy, golden answers
-      tf-serving/          models.config, and encode_query/3 -> ../../versions/3/tf-serving/...
+      tf-serving/          models.config, models-scann.config for a server with ScaNN's operations,
+                           and encode_query/3 -> ../../versions/3/tf-serving/...
 
 A new version appears in one rename, and ``manifest.json`` names it only when all of it is there;
 so a reader finds the old one or the new one, whole.
@@ -42,6 +43,9 @@ KIND = "bundle"
 VERSIONS = "versions"
 SERVING = "tf-serving"
 EXAMPLES = "examples"
+LINKED = ("tensorflow-text",)
+"""Packages whose operations are linked into TensorFlow Serving as it is released."""
+
 CONTENT = "content.json"
 """In a version: its models with their signatures, packages, licences and policy."""
 
@@ -169,10 +173,14 @@ def publish(folder: Path, version: int, keep: int) -> Path:
 
 def _link(folder: Path, kept: Sequence[int]) -> None:
     """Gives every TensorFlow Serving model a folder of its versions, and lists the models."""
-    names = set()
+    names: set[str] = set()
+    special: set[str] = set()
     for number in kept:
+        told = json.loads((folder / VERSIONS / str(number) / CONTENT).read_text("utf-8"))["models"]
         for model in (folder / VERSIONS / str(number) / SERVING).glob("[!.]*"):
             names.add(model.name)
+            needs = told.get(f"{SERVING}/{model.name}", {}).get("needs", ())
+            special |= {model.name} if set(needs) - set(LINKED) else set()
             place = folder / SERVING / model.name
             place.mkdir(parents=True, exist_ok=True)
             link = place / str(number)
@@ -184,13 +192,21 @@ def _link(folder: Path, kept: Sequence[int]) -> None:
         if link.name.isdigit() and int(link.name) not in kept:
             shutil.rmtree(link) if not link.is_symlink() else link.unlink()
     if names:
-        write_text(folder / SERVING / "models.config", _models_config(sorted(names)))
+        write_text(folder / SERVING / "models.config", _models_config(sorted(names - special)))
+        _all_models(folder / SERVING / "models-scann.config", sorted(names) if special else [])
         write_text(folder / SERVING / "batching.config", _BATCHING)
     for place in (folder / SERVING).glob("*/"):
         if place.name not in names:
             shutil.rmtree(place)
     if not names:
         shutil.rmtree(folder / SERVING, ignore_errors=True)
+
+
+def _all_models(path: Path, names: Sequence[str]) -> None:
+    if names:
+        write_text(path, _models_config(names))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _models_config(names: Sequence[str]) -> str:

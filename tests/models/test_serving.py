@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tfrec.data.catalog import FeatureSchema, Users
+from tfrec.errors import InputError, SetupError
+from tfrec.golden import cosines
 from tfrec.index import Ragged
 from tfrec.models import serving
 from tfrec.models.engine import load_recommender
@@ -33,10 +35,11 @@ def recommender(tmp_path_factory):
 def saved(recommender, tmp_path_factory):
     """The folder of the SavedModels, and what they take and give."""
     folder = tmp_path_factory.mktemp("serving")
-    return folder, serving.save(recommender, folder)
+    return folder, serving.save(recommender, folder).models
 
 
 def call(saved, model, signature="serving_default", **inputs):
+    serving.ready(saved[1][model]["needs"])
     loaded = tf.saved_model.load(str(saved[0] / model))
     found = loaded.signatures[signature](**{k: tf.constant(v) for k, v in inputs.items()})
     return {name: value.numpy() for name, value in found.items()}
@@ -119,6 +122,51 @@ def test_retrieval_leaves_out_what_was_seen_and_what_is_excluded(recommender, sa
         assert set(mine[len(ids) :]) <= {""}
         scores = found["score"][row, : len(ids)]
         np.testing.assert_allclose(scores, best.scores[0, : len(ids)], rtol=1e-4)
+
+
+def test_scann_finds_what_an_exact_search_finds(recommender, saved):
+    """The board is so small that ScaNN opens every leaf and scores everything again."""
+    given = {
+        "history": padded(HISTORIES),
+        "exclude": np.array([["i8", ""], ["i2", "i4"], ["", ""], ["unknown", "i22"]], object),
+        "k": np.array([5, 3, 4, 2], np.int32),
+    }
+    exact, found = (call(saved, name, **given) for name in ("retrieve", "retrieve_scann"))
+    np.testing.assert_array_equal(found["item_id"], exact["item_id"])
+    np.testing.assert_allclose(found["score"], exact["score"], rtol=1e-4)
+    people = np.arange(board.USERS, dtype=np.int32)
+    inputs = asked_for(saved, "retrieve_scann", full(recommender, people))
+    inputs |= {"exclude": np.full((len(people), 1), "", object), "k": np.full(len(people), 3, "i4")}
+    exact, found = (call(saved, name, "full", **inputs) for name in ("retrieve", "retrieve_scann"))
+    np.testing.assert_array_equal(found["item_id"], exact["item_id"])
+
+
+def test_nobody_comes_out_short_of_items_by_scann(saved):
+    """More are wanted than ScaNN finds: everything is compared."""
+    given = {
+        "history": np.array([["i2", "i4"], ["i3", ""]], object),
+        "exclude": np.array([[f"i{n}" for n in range(5, 15)], [""] * 10], object),
+        "k": np.array([60, 2], np.int32),
+    }
+    exact, found = (call(saved, name, **given) for name in ("retrieve", "retrieve_scann"))
+    for key in ("item_id", "score"):
+        np.testing.assert_array_equal(found[key], exact[key])
+    assert (found["item_id"][0] != b"").sum() == board.ITEMS - 12
+    empty = {name: tf.zeros([0, 2], tf.string) for name in ("history", "exclude")}
+    found = call(saved, "retrieve_scann", **empty, k=np.zeros(0, np.int32))
+    assert found["item_id"].shape == (0, 0)
+
+
+def test_what_needs_other_operations_says_so(saved):
+    needs = {name: told["needs"] for name, told in saved[1].items() if told["needs"]}
+    assert needs == {"retrieve_scann": ["scann"], "encode_text_strings": ["tensorflow-text"]}
+    operations = (saved[0] / "retrieve_scann" / "saved_model.pb").read_bytes()
+    assert b"Scann>" in operations
+    for name in set(saved[1]) - set(needs):
+        operations = (saved[0] / name / "saved_model.pb").read_bytes()
+        assert b"Scann>" not in operations
+        assert b"Wordpiece" not in operations
+    assert not [path for path in saved[0].rglob("*") if path.suffix == ".pkl"]
 
 
 def test_the_score_of_the_whole_chain(recommender, saved):
@@ -217,6 +265,57 @@ def test_texts(recommender, saved):
     np.testing.assert_allclose(found, encoder.encode(texts), atol=1e-5)
 
 
+def test_texts_from_weights_in_int8(recommender, saved):
+    texts = ["the war of space ship", "love", "", "story of film (1999)."]
+    encoder = recommender.engine.text_encoder
+    tokens, mask = encoder.tokenize(texts)
+    found = call(saved, "encode_text_int8", token_ids=tokens, padding_mask=mask)["vector"]
+    assert cosines(encoder.encode(texts), found)["cosine_min"] > 0.999
+    assert np.abs(found - encoder.encode(texts)).max() > 1e-6
+
+
+def test_strings(recommender, saved):
+    texts = ["The WAR of spáce\u200bship", "love 日本 [MASK]", "", "film " * 40]
+    encoder = recommender.engine.text_encoder
+    for signature in ("serving_default", "query"):
+        found = call(saved, "encode_text_strings", signature, text=np.array(texts, object))
+        assert cosines(encoder.encode(texts), found["vector"])["cosine_min"] > 0.999
+
+
+def test_strings_in_float32(recommender, tmp_path):
+    told = serving.save(recommender, tmp_path, int8=False)
+    assert "float32" in told.left_out["encode_text_int8"]
+    assert "encode_text_int8" not in told.models
+    texts = ["the war of space ship", "love"]
+    found = call((tmp_path, told.models), "encode_text_strings", text=np.array(texts, object))
+    np.testing.assert_allclose(
+        found["vector"], recommender.engine.text_encoder.encode(texts), atol=1e-5
+    )
+
+
+def test_what_cannot_be_made_is_left_out_with_the_reason(recommender, monkeypatch):
+    def missing():
+        raise SetupError("ScaNN is not installed")
+
+    def unigram(tokenizer, settings):
+        raise InputError("the model of its tokenizer is Unigram and not WordPiece")
+
+    monkeypatch.setattr(serving.scann_graph, "operations", missing)
+    monkeypatch.setattr(serving, "WordPieces", unigram)
+    graph = serving.Graph(recommender)
+    assert graph.left_out == {
+        "encode_text_strings": "the model of its tokenizer is Unigram and not WordPiece",
+        "retrieve_scann": "ScaNN is not installed",
+    }
+    assert not {"retrieve_scann", "encode_text_strings"} & set(graph.models())
+
+
+def test_texts_that_get_other_tokens_leave_the_model_out(recommender, monkeypatch):
+    monkeypatch.setattr(serving.WordPieces, "differing", lambda pieces, texts, role: texts[:3])
+    told = serving.Graph(recommender).left_out["encode_text_strings"]
+    assert told == "3 of 25 texts get other tokens in a graph"
+
+
 def test_attributes_are_encoded_as_the_schema_does():
     schema = FeatureSchema(
         {"genre & mood": ("war", "love", "fun"), "empty": ()}, {"age": (30.0, 10.0)}
@@ -240,25 +339,43 @@ def test_a_model_holds_no_weights_that_it_does_not_use(saved):
 
     loaded = tf.saved_model.load(str(saved[0] / "encode_text"))
     words = max(int(np.prod(v.shape)) for v in loaded.used)
-    for name in ("encode_query", "retrieve", "encode_candidate", "rank"):
+    for name in ("encode_query", "retrieve", "retrieve_scann", "encode_candidate", "rank"):
+        serving.ready(saved[1][name]["needs"])
         used = tf.saved_model.load(str(saved[0] / name)).used
         assert all(int(np.prod(v.shape)) < words for v in used), name
         assert size(name) > 0
 
 
-def test_they_load_where_there_is_tensorflow_and_nothing_else(saved, recommender, tmp_path):
-    """In a process that can import neither tfrec nor Keras, nor what is built on TensorFlow."""
-    asked = serving.questions(recommender, saved[1])
-    expected = {name: serving.answers(saved[0] / name, inputs) for name, inputs in asked.items()}
-    assert set(asked) == {"encode_query", "encode_text", "encode_candidate", "retrieve", "rank"}
-    told = {name: serving.as_rest(inputs) for name, inputs in asked.items()}
-    (tmp_path / "asked.json").write_text(json.dumps(told))
+IMPORTS = {(): "", ("tensorflow-text",): "import tensorflow_text", ("scann",): "import scann"}
+
+
+@pytest.mark.parametrize("needs", list(IMPORTS), ids=" ".join)
+def test_they_load_where_there_is_tensorflow_and_what_they_need(
+    saved, recommender, tmp_path, needs
+):
+    """In a process that can import neither tfrec nor Keras, nor anything but what is needed."""
+    folder, told = saved
+    asked = {
+        name: inputs
+        for name, inputs in serving.questions(recommender, told).items()
+        if tuple(told[name]["needs"]) == needs
+    }
+    assert asked
+    expected = {
+        name: serving.answers(folder / name, inputs, needs) for name, inputs in asked.items()
+    }
+    (tmp_path / "asked.json").write_text(
+        json.dumps({name: serving.as_rest(inputs) for name, inputs in asked.items()})
+    )
+    missing = {"tfrec", "keras", "tf_keras", "keras_hub", "tensorflow_recommenders"}
+    missing |= {"tensorflow_text", "scann"} - {name.replace("-", "_") for name in needs}
+    missing -= {"keras"} if needs == ("tensorflow-text",) else set()  # which imports it
     code = """
 import json, sys
-for name in ("tfrec", "keras", "tf_keras", "keras_hub", "tensorflow_text",
-             "tensorflow_recommenders", "scann"):
+for name in MISSING:
     sys.modules[name] = None
 import tensorflow as tf
+IMPORT
 out = {}
 for name, inputs in json.load(open("asked.json")).items():
     f = tf.saved_model.load(f"{sys.argv[1]}/{name}").signatures["serving_default"]
@@ -267,9 +384,9 @@ for name, inputs in json.load(open("asked.json")).items():
     out[name] = {k: v.numpy().astype(str if v.dtype == tf.string else float).tolist()
                  for k, v in found.items()}
 json.dump(out, open("found.json", "w"))
-"""
+""".replace("MISSING", repr(sorted(missing))).replace("IMPORT", IMPORTS[needs])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(saved[0])],
+        [sys.executable, "-c", code, str(folder)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -307,7 +424,7 @@ def test_a_two_tower_alone(tmp_path_factory, tmp_path):
     """No texts and no ranker: no models of these."""
     found = load_recommender(board.trained(tmp_path_factory))
     found.engine.ranker, found.policy = None, Policy()
-    told = serving.save(found, tmp_path)
+    told = serving.save(found, tmp_path).models
     assert "rank" not in told
     answer = serving.answers(tmp_path / "encode_query", {"history": padded(HISTORIES)})
     assert answer["query"].shape == (4, 8)

@@ -27,6 +27,16 @@ from tfrec.stages import export, verify
 pytestmark = pytest.mark.slow
 
 PLAIN = {"int8": False, "saved_models": False}
+MODELS = (
+    "encode_candidate",
+    "encode_query",
+    "encode_text",
+    "encode_text_int8",
+    "encode_text_strings",
+    "rank",
+    "retrieve",
+    "retrieve_scann",
+)
 
 
 @pytest.fixture(scope="module")
@@ -265,17 +275,48 @@ def served(run, tmp_path_factory):
 
 class TestForTensorFlowServing:
     def test_every_model_has_a_folder_of_versions(self, served):
-        models = {"encode_query", "encode_candidate", "encode_text", "retrieve", "rank"}
         told = (served / "tf-serving" / "models.config").read_text()
-        for name in models:
+        everything = (served / "tf-serving" / "models-scann.config").read_text()
+        for name in MODELS:
             version = served / "tf-serving" / name / "1"
             assert (version / "saved_model.pb").is_file()
             assert (version / "assets.extra" / "tf_serving_warmup_requests").stat().st_size > 0
-            assert f'base_path: "/models/tf-serving/{name}"' in told
+            place = f'base_path: "/models/tf-serving/{name}"'
+            assert place in everything
+            assert (place in told) == (name != "retrieve_scann")
         manifest = json.loads((served / "manifest.json").read_text())
         signature = manifest["models"]["tf-serving/retrieve"]["signatures"]["serving_default"]
         assert signature["inputs"]["history"] == {"shape": [-1, -1], "dtype": "string"}
         assert signature["outputs"]["score"] == {"shape": [-1, -1], "dtype": "float32"}
+        told = {name.partition("/")[2]: each for name, each in manifest["models"].items()}
+        assert told["retrieve_scann"]["signatures"] == told["retrieve"]["signatures"]
+        assert told["retrieve_scann"]["needs"] == ["scann"]
+        assert told["encode_text_strings"]["needs"] == ["tensorflow-text"]
+        assert told["encode_text_int8"]["needs"] == []
+        text = told["encode_text_strings"]["signatures"]["query"]["inputs"]["text"]
+        assert text == {"shape": [-1], "dtype": "string"}
+        assert manifest["left_out"] == {}
+        assert not list(served.rglob("*.pkl"))
+
+    def test_without_int8_it_says_what_is_left_out(self, run, tmp_path):
+        export.run(run, tmp_path / "b", users=False, int8=False)
+        manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+        assert set(manifest["left_out"]) == {"tf-serving/encode_text_int8"}
+        found = {f.model: f for f in verify.run(tmp_path / "b") if f.measure == "cosine min"}
+        assert found["encode_text_strings, SavedModel"].bound == verify.FLOORS["cosine_min"]
+        assert all(each.ok for each in found.values())
+
+    def test_what_cannot_be_loaded_here_is_said_and_the_rest_is_run(
+        self, served, monkeypatch, capsys
+    ):
+        def missing():
+            raise SetupError("ScaNN is not installed")
+
+        monkeypatch.setattr(serving.scann_graph, "operations", missing)
+        found = {f.model for f in verify.run(served)}
+        assert "retrieve, SavedModel" in found
+        assert "retrieve_scann, SavedModel" not in found
+        assert "retrieve_scann was not run: ScaNN is not installed" in capsys.readouterr().err
 
     def test_old_versions_go_from_there_too(self, run, served, tmp_path):
         out = tmp_path / "bundle"
@@ -316,13 +357,23 @@ class TestForTensorFlowServing:
     def test_verify_runs_them_all(self, served, capsys):
         assert cli.main(["verify", str(served)]) == 0
         told = capsys.readouterr().out
-        for name in ("encode_query", "encode_text", "rank", "retrieve"):
+        for name in MODELS:
             assert f"ok    {name}, SavedModel" in told
 
-    def test_verify_asks_a_server_by_grpc_and_by_rest(self, served, capsys):
+    def test_a_stock_server_is_not_asked_for_scann(self, served, capsys):
         with serving_at(served / "tf-serving") as (rpc, rest):
+            found = {f.model for f in verify.run(served, server=rpc, rest=rest)}
+        for way in (f"by gRPC of {rpc}", f"by REST of {rest}"):
+            assert f"encode_text_strings, {way}" in found
+            assert f"retrieve_scann, {way}" not in found
+        told = capsys.readouterr().err
+        assert "retrieve_scann was not run: " in told
+        assert "by gRPC: NOT_FOUND" in told
+
+    def test_verify_asks_a_server_by_grpc_and_by_rest(self, served, capsys):
+        with serving_at(served / "tf-serving", "models-scann.config") as (rpc, rest):
             found = verify.run(served, server=rpc, rest=rest)
-            for name in ("encode_candidate", "encode_query", "encode_text", "rank", "retrieve"):
+            for name in MODELS:
                 for way in (f"by gRPC of {rpc}", f"by REST of {rest}"):
                     told = [f for f in found if f.model == f"{name}, {way}"]
                     assert told, (name, way)

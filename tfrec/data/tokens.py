@@ -225,6 +225,18 @@ class TextTokenizer:
         """Writes a ``tokenizer.json`` that :meth:`load` and Hugging Face read."""
         path.write_text(self._tokenizer.to_str(), "utf-8")
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What Hugging Face's ``tokenizer.json`` says of it."""
+        found: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return found
+
+    def words(self, text: str) -> list[str]:
+        """What a text is normalised to and cut into before words are cut into tokens."""
+        normalizer, cut = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer is not None else text
+        return [word for word, _ in cut.pre_tokenize_str(text)] if cut is not None else [text]
+
     def ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, special tokens included, without padding."""
         for chunk in _chunks(texts):

@@ -385,22 +385,37 @@ def warm(searcher: Any, store: Store) -> None:
 
 
 def _trained(store: Store, layout: Layout) -> Any:
-    scann = _builder()
     vectors = np.ascontiguousarray(store.rows(slice(None)))
-    candidates = min(300, len(vectors))
+    return _native().ScannNumpy(vectors, configuration(vectors, layout, store.precision), 0)
+
+
+def configuration(vectors: Floats, layout: Layout | None, precision: Precision = "float32") -> str:
+    """What ScaNN is told of the searcher it is to train.
+
+    Args:
+      vectors: float32 (n, dim), at least 16.
+      layout: Of the searcher; None: it compares a query with every vector, which may be fewer.
+      precision: Of the vectors by which candidates are scored again.
+
+    Raises:
+      SetupError: ScaNN is not installed.
+    """
+    scann = _builder()
     builder = scann.ScannBuilder(vectors, min(100, len(vectors)), "dot_product")
-    builder.tree(
-        layout.leaves,
-        max(1, layout.leaves // 10),
-        training_sample_size=min(len(vectors), layout.sample),
-    )
-    builder.score_ah(
-        layout.numbers_a_code,
-        anisotropic_quantization_threshold=0.2,
-        training_sample_size=min(len(vectors), layout.sample),
-    )
-    builder.reorder(candidates, scann.ReorderType[store.precision.upper()])
-    return _native().ScannNumpy(vectors, builder.create_config(), 0)
+    if layout is None:
+        builder.score_brute_force()
+    else:
+        sample = min(len(vectors), layout.sample)
+        opened = max(1, layout.leaves // 10)
+        builder.tree(layout.leaves, opened, training_sample_size=sample)
+        builder.score_ah(
+            layout.numbers_a_code,
+            anisotropic_quantization_threshold=0.2,
+            training_sample_size=sample,
+        )
+        builder.reorder(min(300, len(vectors)), scann.ReorderType[precision.upper()])
+    told: str = builder.create_config()
+    return told
 
 
 def installed() -> bool:

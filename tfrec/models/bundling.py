@@ -27,7 +27,15 @@ from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
 from tfrec.recommender import Floats, Recommender
 
-PACKAGES = ("tensorflow", "tf-keras", "keras-hub", "ai-edge-litert", "numpy", "scann")
+PACKAGES = (
+    "tensorflow",
+    "tensorflow-text",
+    "tf-keras",
+    "keras-hub",
+    "ai-edge-litert",
+    "numpy",
+    "scann",
+)
 _MOVED = 0.1  # in spreads of the texts along a direction
 _LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
 
@@ -110,13 +118,16 @@ def write(
         step("models")
         models = _write_models(recommender, engine, text, folder / "litert", int8)
         step("SavedModels")
+        left_out: dict[str, str] = {}
         if saved_models:
-            models |= _write_saved_models(recommender, folder)
+            made, left_out = _write_saved_models(recommender, folder, int8)
+            models |= made
         step("questions")
         Golden.ask(recommender).save(folder / "golden")
         step("")
     return {
         "models": models,
+        "left_out": left_out,
         "packages": {name: _version(name) for name in PACKAGES},
         "policy": recommender.policy.dump(),
         "coding": asdict(recommender.coding),
@@ -190,9 +201,15 @@ def _write_models(
     }
 
 
-def _write_saved_models(recommender: Recommender, folder: Path) -> dict[str, Any]:
-    """The SavedModels, with requests to warm up by, and examples that were really answered."""
-    made = serving.save(recommender, folder / SERVING)
+def _write_saved_models(
+    recommender: Recommender, folder: Path, int8: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The SavedModels, with requests to warm up by, and examples that were really answered.
+
+    Returns:
+      What each takes and gives, and those that could not be made, with the reason.
+    """
+    made, left_out = serving.save(recommender, folder / SERVING, int8)
     asked = serving.questions(recommender, made)
     (folder / EXAMPLES).mkdir()
     for name, inputs in asked.items():
@@ -200,12 +217,13 @@ def _write_saved_models(recommender: Recommender, folder: Path) -> dict[str, Any
         serving.warm_up(place, name, inputs)
         body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
         write_json(folder / EXAMPLES / f"{name}.request.json", body)
-        answer = {"outputs": serving.as_rest(serving.answers(place, inputs))}
+        answer = {"outputs": serving.as_rest(serving.answers(place, inputs, made[name]["needs"]))}
         write_json(folder / EXAMPLES / f"{name}.response.json", answer)
-    return {
+    models = {
         f"{SERVING}/{name}": {"file": f"{SERVING}/{name}", "runtime": "TensorFlow", **told}
         for name, told in made.items()
     }
+    return models, {f"{SERVING}/{name}": reason for name, reason in left_out.items()}
 
 
 def _write_text(encoder: TextEncoder, name: str, folder: Path) -> None:

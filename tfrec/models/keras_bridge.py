@@ -6,9 +6,9 @@ needs TensorFlow takes it from here and never imports it itself::
 
     from tfrec.models.keras_bridge import tf, tf_keras, tfrs
 
-Importing this module sets the environment and loads ``tf`` and ``tf_keras``; ``tfrs``, ``keras3``
-and ``keras_hub`` are loaded when first asked for. Because they are attributes of this module, a
-linter that sorts imports cannot put TensorFlow before the environment.
+Importing this module sets the environment and loads ``tf`` and ``tf_keras``; ``tfrs``, ``keras3``,
+``keras_hub`` and ``tf_text`` are loaded when first asked for. Because they are attributes of this
+module, a linter that sorts imports cannot put TensorFlow before the environment.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _LOADED_WHEN_ASKED_FOR = {
     "tfrs": "tensorflow_recommenders",
     "keras3": "keras",
     "keras_hub": "keras_hub",
+    "tf_text": "tensorflow_text",
     # TensorFlow has no public way to make variables into constants, or to change a LiteRT file.
     "flatbuffers": "tensorflow.lite.tools.flatbuffer_utils",
     "freezing": "tensorflow.python.framework.convert_to_constants",

@@ -1,8 +1,8 @@
-"""SavedModels for TensorFlow Serving: ids and words in, recommendations out, in stock operations.
+"""SavedModels for TensorFlow Serving: ids and words in, recommendations out.
 
 What happens on the host before a model in Python — looking ids up, cutting histories, encoding
 attributes, leaving out what was seen — is part of the graph here, so that a server needs nothing of
-tfrec, and sees what training saw.
+tfrec, and sees what training saw. The operations are stock, but for the models in :data:`NEEDS`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfrec.data.catalog import FeatureSchema, Table
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
-from tfrec.errors import ArtifactError, SetupError
+from tfrec.data.tokens import Role
+from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.golden import Golden, cosines, difference, overlap
+from tfrec.models import keras_bridge, scann_graph
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.keras_bridge import tf
-from tfrec.recommender import SCALARS, Recommender
+from tfrec.models.scann_graph import ScannGraph
+from tfrec.models.stored_int8 import StoredInt8
+from tfrec.models.wordpiece import WordPieces
+from tfrec.recommender import SCALARS, Recommender, Request
 from tfrec.terminal import quiet
 
 Specs = Mapping[str, Any]
@@ -30,22 +35,37 @@ Ask = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 """Model and inputs of its ``serving_default`` -> its outputs, all NumPy arrays."""
 
 DEFAULT = "serving_default"
+NEEDS = {"retrieve_scann": ("scann",), "encode_text_strings": ("tensorflow-text",)}
+"""Model -> packages whose operations it needs beside TensorFlow's."""
 
+_QUERIES = 600  # by which ScaNN is tuned
+_MET = 4  # items in a made-up history
+_READ = 2000  # texts whose tokens are compared
 _DOUBLINGS = tuple(1 << power for power in range(1, GAP_BUCKETS - 2))
 
 
-def save(recommender: Recommender, folder: Path) -> dict[str, dict[str, Any]]:
+class Saved(NamedTuple):
+    """What was written.
+
+    Attributes:
+      models: Model -> ``inputs`` and ``outputs`` of each signature, and ``needs``: the packages
+        whose operations it needs beside TensorFlow's.
+      left_out: Model -> why it was not written.
+    """
+
+    models: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+
+
+def save(recommender: Recommender, folder: Path, int8: bool = True) -> Saved:
     """Writes ``folder/<model>`` for every model that the recommender has.
 
     Args:
       recommender: One whose engine is a :class:`TensorFlowEngine`.
       folder: Made if it is not there.
-
-    Returns:
-      Model -> ``inputs`` and ``outputs`` of each signature, and ``ops``: the libraries that its
-      operations need beside TensorFlow.
+      int8: Whether there are text encoders whose weights are stored in int8.
     """
-    graph = Graph(recommender)
+    graph = Graph(recommender, int8)
     out: dict[str, dict[str, Any]] = {}
     for name, signatures in graph.models().items():
         functions = {key: _function(call, specs) for key, (call, specs) in signatures.items()}
@@ -59,9 +79,9 @@ def save(recommender: Recommender, folder: Path) -> dict[str, dict[str, Any]]:
             tf.saved_model.save(module, str(folder / name), signatures=traced)
         out[name] = {
             "signatures": {key: _told(functions[key], traced[key]) for key in traced},
-            "ops": [],
+            "needs": list(NEEDS.get(name, ())),
         }
-    return out
+    return Saved(out, graph.left_out)
 
 
 class Graph:
@@ -69,9 +89,13 @@ class Graph:
 
     Args:
       recommender: One whose engine is a :class:`TensorFlowEngine`.
+      int8: Whether there are text encoders whose weights are stored in int8.
+
+    Attributes:
+      left_out: Model -> why there is none.
     """
 
-    def __init__(self, recommender: Recommender) -> None:
+    def __init__(self, recommender: Recommender, int8: bool = True) -> None:
         engine = recommender.engine
         assert isinstance(engine, TensorFlowEngine)
         self._two_tower, self._ranker = engine.two_tower, engine.ranker
@@ -99,13 +123,32 @@ class Graph:
         self._directions = (
             None if found is None else (_kept(found.mean, "mean"), _kept(found.matrix, "matrix"))
         )
+        self.left_out: dict[str, str] = {}
+        self._stored, self._pieces = None, None
+        if self._encoder is not None:
+            if int8:
+                self._stored = StoredInt8(self._encoder)
+            else:
+                self.left_out["encode_text_int8"] = "the text encoder was to stay float32"
+            try:
+                self._pieces = self._word_pieces(catalog.texts)
+            except (InputError, SetupError) as error:
+                self.left_out["encode_text_strings"] = str(error)
+        self._scann = None
+        try:
+            scann_graph.operations()
+            with quiet():
+                self._scann = ScannGraph(self._vectors, _plausible(recommender))
+        except SetupError as error:
+            self.left_out["retrieve_scann"] = str(error)
 
     @property
     def variables(self) -> list[Any]:
         """The variables that the functions use."""
-        models = (self._two_tower, self._ranker, self._encoder)
+        models = (self._two_tower, self._ranker, self._encoder, self._stored, self._scann)
         own = [value for value in vars(self).values() if isinstance(value, tf.Variable)]
-        return [*own, *(self._directions or ()), *(v for m in models if m for v in m.variables)]
+        found = [*own, *(self._directions or ()), *(v for m in models if m for v in m.variables)]
+        return list({id(variable): variable for variable in found}.values())
 
     @property
     def tables(self) -> list[Any]:
@@ -117,8 +160,8 @@ class Graph:
         """Model -> signature -> what it computes, and of what."""
         history = {"history": _strings(2)}
         full = {**history, **self._event_specs(), **self._profile_specs()}
-        rows = {"history_rows": tf.TensorSpec([None, None], tf.int32)}
-        limits = {"exclude": _strings(2), "k": tf.TensorSpec([None], tf.int32)}
+        rows = {"history_rows": _whole_numbers(2)}
+        limits = {"exclude": _strings(2), "k": _whole_numbers(1)}
         candidates = {"candidates": _strings(2)}
         out: dict[str, dict[str, tuple[Call, Specs]]] = {
             "encode_query": {
@@ -131,13 +174,19 @@ class Graph:
                 "full": (self.retrieve, {**full, **limits}),
             },
         }
+        if self._scann is not None:
+            found = ((key, specs) for key, (_, specs) in out["retrieve"].items())
+            out["retrieve_scann"] = {key: (self.retrieve_scann, specs) for key, specs in found}
         if self._encoder is not None:
-            tokens = tf.TensorSpec([None, None], tf.int32)
-            out["encode_text"] = {
-                DEFAULT: (
-                    self.encode_text,
-                    {"token_ids": tokens, "padding_mask": tokens},
-                )
+            tokens = dict.fromkeys(("token_ids", "padding_mask"), _whole_numbers(2))
+            out["encode_text"] = {DEFAULT: (self.encode_text, tokens)}
+        if self._stored is not None:
+            out["encode_text_int8"] = {DEFAULT: (self.encode_text_int8, tokens)}
+        if self._pieces is not None:
+            text = {"text": _strings(1)}
+            out["encode_text_strings"] = {
+                DEFAULT: (self.encode_passages, text),
+                "query": (self.encode_words, text),
             }
         given: dict[str, Any] = {"item_id": _strings(1)}
         if self._text.shape[1]:
@@ -159,6 +208,19 @@ class Graph:
         assert self._encoder is not None
         return {"vector": self._encoder._vectors(token_ids, padding_mask)}
 
+    def encode_text_int8(self, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
+        """The same by weights that are stored in int8."""
+        assert self._stored is not None
+        return {"vector": self._stored(token_ids, padding_mask)}
+
+    def encode_passages(self, text: Any) -> dict[str, Any]:
+        """``vector`` float32 (n, text width) of what is looked for, string (n,)."""
+        return self._encoded(text, "passage")
+
+    def encode_words(self, text: Any) -> dict[str, Any]:
+        """The same of what somebody looks for, which matters to a BERT with prompts."""
+        return self._encoded(text, "query")
+
     def encode_candidate(self, item_id: Any, text: Any = None, **attributes: Any) -> dict[str, Any]:
         """``vector`` float32 (n, d) of items; an ``item_id`` (n,) that is not known has none."""
         count = tf.shape(item_id)[0]
@@ -178,25 +240,26 @@ class Graph:
         What is in the history or in ``exclude`` string (b, e) does not come. Where there are fewer
         than k items, the id is empty and the score the lowest that there is.
         """
-        rows, arrays, _ = self._asked(asked)
-        query = self._two_tower(arrays, training=False)
-        scores = tf.matmul(query, self._vectors, transpose_b=True)
-        # Row 0 stands for what is not known, and is no item.
-        nothing = tf.zeros([tf.shape(rows)[0], 1], tf.int32)
-        left_out = tf.concat([rows, self._rows.lookup(exclude), nothing], axis=1)
-        scores = _without(scores, left_out)
-        wanted = tf.reduce_max(tf.concat([k, [0]], axis=0))
-        most = tf.minimum(wanted, tf.shape(scores)[1])
-        best, found = tf.math.top_k(scores, most)
-        there = (best > scores.dtype.min) & (tf.range(most)[None] < k[:, None])
-        ids = tf.gather(self._ids, found)
-        missing = [[0, 0], [0, wanted - most]]
-        return {
-            "item_id": tf.pad(tf.where(there, ids, tf.fill(tf.shape(ids), "")), missing),
-            "score": tf.pad(
-                tf.where(there, best, scores.dtype.min), missing, constant_values=scores.dtype.min
-            ),
-        }
+        query, left_out = self._wanted(exclude, asked)
+        return self._named(*self._best(query, left_out, _most(k)), k)
+
+    def retrieve_scann(self, exclude: Any, k: Any, **asked: Any) -> dict[str, Any]:
+        """As :meth:`retrieve`, by ScaNN; where somebody would get fewer than k, all exactly."""
+        assert self._scann is not None
+        query, left_out = self._wanted(exclude, asked)
+        wanted = _most(k)
+        listed = tf.reduce_max(tf.concat([tf.math.count_nonzero(left_out, 1), [0]], axis=0))
+        # One more for row 0, which is among the vectors and may be found.
+        found, scores = self._scann.search(query, wanted + tf.cast(listed, tf.int32) + 1)
+        scores = tf.where(_is_listed(found, left_out), scores.dtype.min, scores)
+        best, place = tf.math.top_k(scores, tf.minimum(wanted, tf.shape(scores)[1]))
+        counts = tf.reduce_sum(tf.cast(best > scores.dtype.min, tf.int32), axis=1)
+        best, found = tf.cond(
+            tf.reduce_all(counts >= k),
+            lambda: (best, tf.gather(found, place, batch_dims=1)),
+            lambda: self._best(query, left_out, wanted),
+        )
+        return self._named(best, found, k)
 
     def rank(self, candidates: Any, **asked: Any) -> dict[str, Any]:
         """What the ranker's tasks say of ``candidates`` string (b, c): float32 (b, c) each.
@@ -244,6 +307,51 @@ class Graph:
         prior = tf.where(share > 0.01, policy.newcomer * share, 0.0)
         score += prior[:, None] * popularity
         return {**tasks, "score": tf.where(rows > 0, score, score.dtype.min)}
+
+    # --- texts and items ---
+
+    def _word_pieces(self, texts: Sequence[str]) -> WordPieces:
+        """Raises InputError where the graph's tokens would not be those of the tokenizer."""
+        assert self._encoder is not None
+        pieces = WordPieces(self._encoder.tokenizer, self._encoder.settings)
+        read = texts[:: max(len(texts) // _READ, 1)]
+        differing = pieces.differing(read, "passage")
+        if differing:
+            raise InputError(f"{len(differing)} of {len(read)} texts get other tokens in a graph")
+        return pieces
+
+    def _encoded(self, text: Any, role: Role) -> dict[str, Any]:
+        assert self._encoder is not None
+        assert self._pieces is not None
+        encode = self._stored or self._encoder._vectors
+        return {"vector": encode(*self._pieces(text, role))}
+
+    def _wanted(self, exclude: Any, asked: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Queries float32 (b, d), and the rows int32 (b, e) that must not come."""
+        rows, arrays, _ = self._asked(asked)
+        # Row 0 stands for what is not known, and is no item.
+        nothing = tf.zeros([tf.shape(rows)[0], 1], tf.int32)
+        left_out = tf.concat([rows, self._rows.lookup(exclude), nothing], axis=1)
+        return self._two_tower(arrays, training=False), left_out
+
+    def _best(self, query: Any, left_out: Any, wanted: Any) -> tuple[Any, Any]:
+        """Scores and rows (b, wanted at most), compared with every item."""
+        scores = _without(tf.matmul(query, self._vectors, transpose_b=True), left_out)
+        best, rows = tf.math.top_k(scores, tf.minimum(wanted, tf.shape(scores)[1]))
+        return best, rows
+
+    def _named(self, best: Any, rows: Any, k: Any) -> dict[str, Any]:
+        """The ids and scores (b, largest k) of rows, of each user as many as he wants."""
+        most = tf.shape(best)[1]
+        there = (best > best.dtype.min) & (tf.range(most)[None] < k[:, None])
+        ids = tf.gather(self._ids, rows)
+        missing = [[0, 0], [0, _most(k) - most]]
+        return {
+            "item_id": tf.pad(tf.where(there, ids, tf.fill(tf.shape(ids), "")), missing),
+            "score": tf.pad(
+                tf.where(there, best, best.dtype.min), missing, constant_values=best.dtype.min
+            ),
+        }
 
     # --- histories and people ---
 
@@ -439,6 +547,10 @@ def _strings(rank: int) -> Any:
     return tf.TensorSpec([None] * rank, tf.string)
 
 
+def _whole_numbers(rank: int) -> Any:
+    return tf.TensorSpec([None] * rank, tf.int32)
+
+
 def _kept(array: Any, name: str) -> Any:
     """A variable, since a constant of a large catalog would not fit into a graph's file."""
     return tf.Variable(np.asarray(array, np.float32), trainable=False, name=name)
@@ -458,6 +570,33 @@ def _without(scores: Any, rows: Any) -> Any:
     cells = tf.stack([user, tf.reshape(rows, [-1])], axis=1)
     lowest = tf.fill([shape[0] * shape[1]], scores.dtype.min)
     return tf.tensor_scatter_nd_update(scores, cells, lowest)
+
+
+def _most(k: Any) -> Any:
+    """The largest of int32 (b,), 0 at least."""
+    return tf.reduce_max(tf.concat([k, [0]], axis=0))
+
+
+def _is_listed(rows: Any, lists: Any) -> Any:
+    """bool (b, n): which of the rows int32 (b, n) are in the lists int32 (b, e), e above 0."""
+    lists = tf.sort(lists, axis=1)
+    place = tf.searchsorted(lists, rows)
+    near = tf.gather(lists, tf.minimum(place, tf.shape(lists)[1] - 1), batch_dims=1)
+    return near == rows
+
+
+def _plausible(recommender: Recommender) -> Any:
+    """float32 (m, d), queries of people who are known; of made-up ones where nobody is."""
+    events = recommender.interactions
+    rng = np.random.default_rng(0)
+    met = np.flatnonzero(np.diff(events.offsets)).astype(np.int32)
+    if len(met):
+        people = np.sort(rng.permutation(met)[:_QUERIES])
+        return recommender.queries(recommender.who(events, people))
+    ids = recommender.catalog.ids
+    rows = rng.integers(1, len(ids), (_QUERIES, _MET)).tolist()
+    asked, _ = recommender.asked([Request(history=tuple(ids[i] for i in row)) for row in rows])
+    return recommender.queries(asked)
 
 
 def _newest(rows: Any, length: int) -> tuple[Any, Any]:
@@ -510,11 +649,14 @@ def questions(recommender: Recommender, models: Mapping[str, Any]) -> dict[str, 
             },
         },
     }
+    out["retrieve_scann"] = out["retrieve"]
     if "encode_text" in models:
         assert isinstance(recommender.engine, TensorFlowEngine)
         texts = [catalog.texts[row] for row in rows[:2]]
         tokens, mask = recommender.engine.text_encoder.tokenize(texts, role="passage")
         out["encode_text"] = {"token_ids": tokens, "padding_mask": mask}
+        out["encode_text_int8"] = out["encode_text"]
+        out["encode_text_strings"] = {"text": np.array(texts, object)}
     wanted = {name: set(told["signatures"][DEFAULT]["inputs"]) for name, told in models.items()}
     return {
         name: {key: array for key, array in out[name].items() if key in inputs}
@@ -545,12 +687,34 @@ def warm_up(folder: Path, name: str, inputs: Mapping[str, Any]) -> None:
         writer.write(log.SerializeToString())
 
 
-def answers(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the SavedModel in a folder answers: output -> NumPy array.
+def ready(needs: Sequence[str]) -> None:
+    """Loads the operations of packages that a model needs.
+
+    Raises:
+      SetupError: they cannot be loaded.
+    """
+    if "scann" in needs:
+        scann_graph.operations()
+    if "tensorflow-text" in needs:
+        _ = keras_bridge.tf_text  # importing it registers them
+
+
+def answers(folder: Path, inputs: Mapping[str, Any], needs: Sequence[str] = ()) -> dict[str, Any]:
+    """What the SavedModel in a folder answers.
+
+    Args:
+      folder: Of the SavedModel.
+      inputs: Of its ``serving_default``.
+      needs: The packages whose operations it needs.
+
+    Returns:
+      Output -> NumPy array.
 
     Raises:
       ArtifactError: there is none, or it is damaged.
+      SetupError: operations that it needs cannot be loaded.
     """
+    ready(needs)
     try:
         model = tf.saved_model.load(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
@@ -560,10 +724,15 @@ def answers(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.numpy() for name, value in found.items()}
 
 
+class NotServedError(SetupError):
+    """A server does not have a model."""
+
+
 def over_grpc(address: str, seconds: float = 10.0) -> Ask:
     """Asks the models of a TensorFlow Serving at ``host:port`` by its gRPC service.
 
     Raises, when it is used:
+      NotServedError: the server does not have the model.
       SetupError: there is no answer, or it is an error.
     """
     import grpc
@@ -576,7 +745,8 @@ def over_grpc(address: str, seconds: float = 10.0) -> Ask:
             found = service.Predict(request_of(name, inputs), timeout=seconds)
         except grpc.RpcError as error:
             reason = str(error.details()).partition("\n")[0]
-            raise SetupError(
+            missing = error.code() == grpc.StatusCode.NOT_FOUND
+            raise (NotServedError if missing else SetupError)(
                 f"{address} does not answer for '{name}' by gRPC: {error.code().name}, {reason}"
             ) from None
         assert isinstance(found, predict_pb2.PredictResponse)
@@ -589,6 +759,7 @@ def over_rest(address: str, seconds: float = 10.0) -> Ask:
     """The same by its REST API.
 
     Raises, when it is used:
+      NotServedError: the server does not have the model.
       SetupError: there is no answer, or it is an error.
     """
     import http.client
@@ -609,7 +780,10 @@ def over_rest(address: str, seconds: float = 10.0) -> Ask:
             connection.close()
         if answer.status != http.client.OK:
             reason = str(told.get("error", answer.status)).partition("\n")[0]
-            raise SetupError(f"{address} does not answer for '{name}' by REST: {reason}")
+            missing = answer.status == http.client.NOT_FOUND
+            raise (NotServedError if missing else SetupError)(
+                f"{address} does not answer for '{name}' by REST: {reason}"
+            )
         outputs = told["outputs"]
         # A model with one output is answered without its name.
         outputs = outputs if isinstance(outputs, dict) else {"": outputs}
@@ -647,7 +821,7 @@ def compared(
     if name == "encode_query":
         found = ask(name, {"history": history})
         return cosines(golden.query[plain], _only(found))
-    if name == "retrieve":
+    if name in ("retrieve", "retrieve_scann"):
         asked, seen = recommender.asked([golden.requests[i] for i in plain])
         k = 10
         expected = recommender.index.search(recommender.queries(asked), k, seen).ids
@@ -674,7 +848,10 @@ def compared(
             given["text"] = recommender.text[rows.start : rows.stop]
         found = ask(name, {"item_id": np.full(len(rows), "", object), **given})
         return cosines(golden.candidate, _only(found))
-    if name == "encode_text":
+    if name == "encode_text_strings":
+        found = ask(name, {"text": np.array(golden.texts, object)})
+        return cosines(golden.text, _only(found))
+    if name in ("encode_text", "encode_text_int8"):
         tokens, mask = tokenize(golden.texts)
         found = ask(name, {"token_ids": tokens, "padding_mask": mask})
         return cosines(golden.text, _only(found))

@@ -28,6 +28,9 @@ INT8 = {"cosine_min": 0.99}
 INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1}
 """The same of float models that read int8 vectors, where the trained ones read float32."""
 
+APPROXIMATE = {"overlap": 0.8}
+"""The same of approximate search, which is tuned to find 0.95 of what is best."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -129,23 +132,45 @@ def _saved_models(
         return []
     engine = recommender.engine
     assert isinstance(engine, LiteRTEngine)
+    told = found.content["models"]
+    needs = {name: told.get(f"{SERVING}/{name}", {}).get("needs", []) for name in names}
 
     def here(name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return serving.answers(found.folder / SERVING / name, inputs)
+        return serving.answers(found.folder / SERVING / name, inputs, needs[name])
 
-    # Vectors are float32 inside SavedModels; those of texts are given.
-    bounds = {n: _bounds(found) if n == "encode_candidate" else FLOORS for n in names}
     asked: dict[str, serving.Ask] = {"SavedModel": here}
     ways = {"gRPC": serving.over_grpc, "REST": serving.over_rest}
     asked |= {f"by {way} of {address}": ways[way](address) for way, address in addresses.items()}
-    return [
-        Finding(f"{name}, {where}", measure.replace("_", " "), value, bounds[name].get(measure))
-        for where, ask in asked.items()
-        for name in names
-        for measure, value in serving.compared(
-            name, ask, golden, recommender, engine.tokenize
-        ).items()
-    ]
+    out = []
+    for where, ask in asked.items():
+        for name in names:
+            try:
+                if where == "SavedModel":
+                    serving.ready(needs[name])
+                measured = serving.compared(name, ask, golden, recommender, engine.tokenize)
+            except SetupError as error:
+                # What needs more than a server or a machine has to have may be missing there.
+                absent = where == "SavedModel" or isinstance(error, serving.NotServedError)
+                if not (needs[name] and absent):
+                    raise
+                print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
+                continue
+            bounds = _of_saved_model(name, found)
+            out += [
+                Finding(f"{name}, {where}", measure.replace("_", " "), value, bounds.get(measure))
+                for measure, value in measured.items()
+            ]
+    return out
+
+
+def _of_saved_model(model: str, found: Bundle) -> Mapping[str, float]:
+    """What a SavedModel must keep."""
+    if model == "retrieve_scann":
+        return {**FLOORS, **APPROXIMATE}
+    if model == "encode_candidate":  # its texts are given; other vectors are float32 inside
+        return _bounds(found)
+    stored = found.content["text_int8"] and model == "encode_text_strings"
+    return {**FLOORS, **INT8} if stored or model == "encode_text_int8" else FLOORS
 
 
 def _judged(part: str, measures: dict[str, float], found: Bundle) -> Iterator[Finding]:
