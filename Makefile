@@ -24,7 +24,7 @@ demo: $(TRAIN) ## set up what training needs, then the main job on MovieLens-100
 	$(BIN)/tfrec run movielens-100k
 
 test: $(DEV) ## set up everything, then run the tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 check: $(DEV) ## lint, format, types, import contracts
 	$(BIN)/ruff check .

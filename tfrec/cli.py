@@ -11,10 +11,11 @@ import csv
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -89,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     _add_stages(verbs)
     _add_merge(verbs)
+    _add_compress(verbs)
     _add_export(verbs)
     _add_verify(verbs)
     _add_recommend(verbs)
@@ -400,6 +402,142 @@ def _merge(arguments: argparse.Namespace) -> int:
     from tfrec.stages import merge
 
     return _made(merge.run(arguments.source, arguments.to).path)
+
+
+# --- compress ------------------------------------------------------------------------------------
+
+
+def _add_compress(verbs: Verbs) -> None:
+    purpose = "make a finished run smaller and faster, and measure what that costs"
+    verb = verbs.add_parser(
+        "compress",
+        help=purpose,
+        description="Prune a finished run's models, leave out parts of its BERT, or teach a "
+        "smaller one, with the trained models as teachers; then export each result, measure its "
+        "size, speed and quality beside the model as it was, and choose the smallest within a "
+        "budget. Without a way to make it smaller, the usual ones are tried. What comes of one is "
+        "again a run, in compress/ of the run's folder.",
+        epilog=_examples(
+            ("try the usual ways and choose", "tfrec compress saved_models/movielens-100k"),
+            (
+                "choose by a budget",
+                "tfrec compress runs/a --max-loss 1% --max-size 30MB --max-latency 3ms",
+            ),
+            ("half of the weights zero, and int8", "tfrec compress runs/a --prune 0.5 --int8"),
+            (
+                "half of the heads and neurons left out",
+                "tfrec compress runs/a --heads 6 --neurons 768",
+            ),
+            ("a student of 3 layers, 192 wide", "tfrec compress runs/a --student 3x192"),
+        )
+        + "\nevery key of --set: docs/configuration.md, section [compress]",
+    )
+    verb.set_defaults(handler=_compress)
+    verb.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    how = verb.add_argument_group("how")
+    how.add_argument(
+        "--prune", metavar="SHARE", help="share of the kernels' weights made zero, e.g. 0.5"
+    )
+    how.add_argument(
+        "--pattern",
+        choices=("unstructured", "block", "2:4"),
+        help="which weights: any, four in a row, two of every four (compress.pattern)",
+    )
+    for name, what in (
+        ("layers", "the BERT's layers that stay"),
+        ("heads", "attention heads of each layer that stay"),
+        ("neurons", "feed-forward neurons of each layer that stay"),
+    ):
+        how.add_argument(f"--{name}", metavar="N", help=f"{what} (compress.{name})")
+    how.add_argument(
+        "--student",
+        metavar="LAYERSxWIDTH",
+        help="a BERT of so many layers and so wide inside, e.g. 3x192; sets both",
+    )
+    how.add_argument(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        help="whether the text encoder has int8 weights in the end (yes)",
+    )
+    how.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, e.g. compress.updates=2000; may be repeated",
+    )
+    how.add_argument("--seed", metavar="N", help="same as --set seed=N")
+    budget = verb.add_argument_group("the budget")
+    budget.add_argument(
+        "--max-loss",
+        metavar="SHARE",
+        type=_share,
+        help="of NDCG@10 on test events, and of NDCG@20 of new items (1%% if no bound is given)",
+    )
+    budget.add_argument("--max-size", metavar="SIZE", type=_size, help="of the bundle, e.g. 30MB")
+    budget.add_argument(
+        "--max-latency", metavar="TIME", type=_milliseconds, help="to read one text, e.g. 3ms"
+    )
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from tfrec.config import of_run
+
+    settings = list(arguments.settings)
+    for name in ("prune", "layers", "heads", "neurons"):
+        if getattr(arguments, name) is not None:
+            settings.append(f"compress.{name}={getattr(arguments, name)}")
+    if arguments.pattern is not None:
+        settings.append(f"compress.pattern={json.dumps(arguments.pattern)}")
+    if arguments.int8 is not None:
+        settings.append(f"compress.int8={json.dumps(arguments.int8)}")
+    if arguments.student is not None:
+        layers, _, width = arguments.student.partition("x")
+        if not (layers.isdigit() and width.isdigit()):
+            raise InputError(f"--student {arguments.student} is not LAYERSxWIDTH, such as 3x192")
+        settings += [f"compress.layers={layers}", f"compress.width={width}"]
+    if arguments.seed is not None:
+        settings.append(f"seed={arguments.seed}")
+    config = of_run(arguments.folder, ("name", "seed", "compress", "evaluate"), settings)
+    from tfrec.report.proof import Budget
+    from tfrec.stages import compress
+
+    bounds = (arguments.max_loss, arguments.max_size, arguments.max_latency)
+    budget = Budget(*bounds) if any(bound is not None for bound in bounds) else None
+    made = compress.run(config, arguments.folder, budget)
+    print(compress.summary(made))
+    if reason := compress.missed(made):
+        raise InputError(reason)
+    return _made(made.path)
+
+
+def _share(text: str) -> float:
+    value = _number(text, {"%": 0.01, "": 1.0}, "a share such as 1% or 0.01")
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share below 1, such as 1% or 0.01")
+    return value
+
+
+def _size(text: str) -> int:
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return int(_number(text, units, "a size such as 30MB"))
+
+
+def _milliseconds(text: str) -> float:
+    return _number(text, {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}, "a time such as 3ms")
+
+
+def _number(text: str, units: Mapping[str, float], what: str) -> float:
+    """A number with one of the units, times that."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([^0-9.\s]*)\s*", text)
+    unit = None
+    if found:
+        lower = {name.lower(): factor for name, factor in units.items()}
+        unit = lower.get(found[2].lower())
+    if found is None or unit is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+    return float(found[1]) * unit
 
 
 # --- export and verify ---------------------------------------------------------------------------

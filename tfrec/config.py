@@ -459,6 +459,49 @@ class PretrainConfig(TrainingConfig):
         return objectives
 
 
+CompressPart = Literal["text", "towers", "ranker"]
+
+
+class CompressConfig(TrainingConfig):
+    """Smaller models, which learn to answer as the trained ones do."""
+
+    epochs: int = Field(
+        0, ge=0, le=100_000, description="passes over the examples; 0: as many as make `updates`"
+    )
+    updates: int = Field(800, ge=1, description="updates of the weights where `epochs` is 0")
+    batch_size: int = Field(
+        256, ge=1, description="users of a batch, for the towers and the ranker"
+    )
+    tokens: int = Field(2048, ge=16, description="tokens of a batch of texts, padding included")
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = Field("linear")
+    clip_norm: float = Field(1.0, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    jit_compile: bool = Field(False, description="compile with XLA, once for each length of texts")
+    distribution: Literal["auto", "one_device", "mirrored"] = Field(
+        "auto", description="as `adapt.distribution`, on one machine"
+    )
+    parts: list[CompressPart] = Field(
+        default_factory=lambda: list(get_args(CompressPart)),
+        description="what is pruned, among text, towers, ranker",
+    )
+    prune: float = Field(0.0, ge=0, lt=1, description="share of the kernels' weights made zero")
+    pattern: Literal["unstructured", "block", "2:4"] = Field(
+        "unstructured", description="which weights: any, four in a row, or two of every four"
+    )
+    prune_schedule: Literal["constant", "polynomial"] = Field(
+        "constant", description="all zeros from the start, or rising over the training"
+    )
+    layers: int = Field(0, ge=0, description="the BERT's layers that stay; 0: all")
+    heads: int = Field(0, ge=0, description="attention heads of each layer that stay; 0: all")
+    neurons: int = Field(0, ge=0, description="feed-forward neurons that stay; 0: all")
+    width: int = Field(0, ge=0, description="of the BERT inside; 0: as it is")
+    int8: bool = Field(True, description="the text encoder has int8 weights in the end")
+    users: int = Field(4096, ge=1, description="users that the towers and the ranker learn from")
+    seconds: float = Field(2.0, gt=0, description="how long each of the times is measured")
+
+
 class EvaluateConfig(Section):
     """What the report measures, and against whom."""
 
@@ -579,6 +622,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     pretrain: PretrainConfig = PretrainConfig()
     adapt: AdaptConfig = AdaptConfig()
+    compress: CompressConfig = CompressConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
     tune: TuneConfig = TuneConfig()
@@ -791,17 +835,29 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def recommend_section(folder: Path) -> RecommendConfig:
-    """The run's ``[recommend]`` section; the defaults where it left no configuration.
+    """The run's ``[recommend]`` section; see :func:`of_run`."""
+    return of_run(folder, ("recommend",)).recommend
+
+
+def of_run(folder: Path, sections: Sequence[str], settings: Sequence[str] = ()) -> Config:
+    """Sections of the configuration that a run left, and settings; all else is the default.
+
+    Args:
+      folder: The run's; the defaults count where it left no configuration.
+      sections: Names of sections, and of keys outside of any.
+      settings: As for :meth:`Config.load`.
 
     Raises:
-      ConfigError: the configuration that the run left is damaged.
+      ConfigError: the configuration that the run left is damaged, or a setting is wrong.
     """
     path = folder / FILE
-    if not path.is_file():
-        return RecommendConfig()
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        section = tree.get("recommend", {})
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
-    return Config.parse({"recommend": section}).recommend
+    tree: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            told = json.loads(path.read_text("utf-8"))
+            tree = {name: told[name] for name in told.keys() & set(sections)}
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{path} is damaged; `tfrec prepare` writes it anew") from None
+    for setting in settings:
+        _apply(tree, setting)
+    return Config.parse(tree)

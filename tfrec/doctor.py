@@ -22,6 +22,7 @@ from tfrec.data.sources import cache_folder
 from tfrec.data.tokens import TextTokenizer
 from tfrec.errors import SetupError, TfrecError
 from tfrec.models import weights
+from tfrec.timing import processor
 
 Finding = tuple[str, str]
 
@@ -31,6 +32,7 @@ TRAIN = {
     "tf-keras": "2.20.",
     "tensorflow-recommenders": "0.7.7",
     "tensorflow-serving-api": "2.20.",
+    "tensorflow-model-optimization": "0.8.",
     "keras": "3.15.1",
     "keras-hub": "0.32.0",
     "keras-nlp": "0.32.0",
@@ -126,7 +128,7 @@ def _machine() -> Iterator[Finding]:
     info = _proc("/proc/cpuinfo", ":")
     features = [name for name in _FEATURES if name in info.get("flags", "").split()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = info.get("model name") or platform.processor() or platform.machine()
+    name = processor()
     status = "warn" if "flags" in info and "avx" not in features else "ok"
     note = "; TensorFlow needs AVX" if status == "warn" else ""
     yield status, f"processor: {name}, {cores} cores, {' '.join(features) or 'features?'}{note}"

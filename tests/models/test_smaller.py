@@ -15,7 +15,8 @@ from tfrec.models import smaller as module
 from tfrec.models.bert import heads_of
 from tfrec.models.keras_bridge import tf
 from tfrec.models.named import named_variables
-from tfrec.models.smaller import smaller, staying
+from tfrec.models.pruning import Pruner, Sparsity, kernels
+from tfrec.models.smaller import smaller, sparse, staying, thinned
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import tune_text
 
@@ -236,3 +237,50 @@ def text_model(folder, encoder, int8=False, calibration=()):
     encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
     encoder.tokenizer.save(folder / "tokenizer.json")
     return TextModel(folder, threads=1)
+
+
+class TestSparse:
+    @pytest.mark.parametrize("share", [0.5, 0.8])
+    def test_what_a_zero_costs_is_made_good(self, share):
+        random = np.random.default_rng(0)
+        values = random.normal(size=(400, 24)) @ random.normal(size=(24, 160))
+        values = (values + 0.3 * random.normal(size=values.shape)).astype(np.float32)
+        kernel = random.normal(size=(160, 40)).astype(np.float32)
+        found = thinned(kernel, values, share, "unstructured")
+        assert np.mean(found == 0) == pytest.approx(share, abs=0.01)
+        plain = np.where(np.abs(kernel) > np.quantile(np.abs(kernel), share), kernel, 0)
+        lost = [np.square(values @ (one - kernel)).mean() for one in (found, plain)]
+        assert lost[0] < 0.6 * lost[1]
+
+    def test_blocks(self):
+        random = np.random.default_rng(0)
+        values = random.normal(size=(100, 32)).astype(np.float32)
+        found = thinned(random.normal(size=(32, 16)).astype(np.float32), values, 0.5, "block")
+        assert set((found == 0).reshape(32, 4, 4).sum(axis=2).ravel()) == {0, 4}
+
+    def test_two_of_four(self):
+        random = np.random.default_rng(0)
+        values = random.normal(size=(100, 32)).astype(np.float32)
+        found = thinned(random.normal(size=(32, 16)).astype(np.float32), values, 0.5, "2:4")
+        assert set((found == 0).reshape(8, 4, 16).sum(axis=1).ravel()) == {2}
+
+    @pytest.mark.parametrize("pattern", ["unstructured", "block", "2:4"])
+    def test_masks_by_magnitude_keep_its_zeros(self, encoder, pattern):
+        found = sparse(encoder, TEXTS, 0.5, pattern)
+        before = {name: v.numpy() == 0 for name, v in kernels(found).items()}
+        assert min(np.mean(zeros) for zeros in before.values()) > 0.45
+        Pruner(kernels(found), Sparsity(0.5, pattern, "constant"), 10)(tf.constant(0.0))
+        for name, kernel in kernels(found).items():
+            gone = kernel.numpy() == 0
+            assert gone[before[name]].all()
+            assert np.mean(gone) == pytest.approx(0.5, abs=0.01)
+
+    def test_it_is_nearer_than_magnitude_alone(self, encoder):
+        plain = smaller(encoder, TEXTS)
+        Pruner(kernels(plain), Sparsity(0.5, schedule="constant"), 10)(tf.constant(0.0))
+        assert near(encoder, sparse(encoder, TEXTS, 0.5)) > near(encoder, plain)
+
+    def test_the_given_one_stays_as_it_is(self, encoder):
+        before = encoder.digest()
+        sparse(encoder, TEXTS, 0.5)
+        assert encoder.digest() == before

@@ -165,6 +165,7 @@ def test_the_page_on_tuning_tells_the_numbers_of_minilm():
         )
         hosted = Hosted(backbone)
         hosted.retrace = lambda: None
+        hosted.projection = None
         tune_text(hosted, TuningConfig(text=method))
         row = next(line for line in page.splitlines() if line.startswith(f"| `{method}`"))
         assert f"| {count(hosted.trainable_variables):,} |" in row

@@ -133,6 +133,14 @@ class Histories:
             offsets, self.item[index], self.event[index], self.rating[index], self.timestamp[index]
         )
 
+    def first(self, counts: NDArray[np.int64]) -> Histories:
+        """Each history cut to its first events, of which ``counts`` (batch,) says how many."""
+        index = _ranges(self.offsets[:-1], counts)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Histories(
+            offsets, self.item[index], self.event[index], self.rating[index], self.timestamp[index]
+        )
+
     @property
     def gap(self) -> IntArray:
         """int32 (n,), bucket of the time since the event before; 0 for a user's first."""

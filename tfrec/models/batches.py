@@ -168,10 +168,16 @@ class TrainingBatches:
         return generator.integers(1, sampled.num_items + 1, shape, dtype=np.int32)
 
 
-def endless(parts: Callable[[int], Iterator[Arrays]], first_epoch: int = 0) -> tf.data.Dataset:
-    """A dataset of the parts of one epoch after the other, all of the same shapes."""
+def endless(
+    parts: Callable[[int], Iterator[Arrays]], first_epoch: int = 0, free: bool = False
+) -> tf.data.Dataset:
+    """A dataset of the parts of one epoch after the other, all of the same shapes; of the same
+    ranks alone if ``free``."""
     first = next(parts(first_epoch))
-    spec = {name: tf.TensorSpec(a.shape, tf.as_dtype(a.dtype)) for name, a in first.items()}
+    spec = {
+        name: tf.TensorSpec([None] * a.ndim if free else a.shape, tf.as_dtype(a.dtype))
+        for name, a in first.items()
+    }
 
     def all_epochs() -> Iterator[Arrays]:
         for epoch in itertools.count(first_epoch):

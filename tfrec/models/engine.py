@@ -54,6 +54,9 @@ WEIGHTS = "weights.safetensors"
 MERGED = "merged"
 """The role of the parent that a merged artifact stands for."""
 
+APART = ("adapter", "prompt")
+"""Methods of tuning whose additions are no part of a plain BERT."""
+
 
 @dataclass(frozen=True)
 class RetrievalCard:
@@ -230,6 +233,17 @@ def load_text(artifact: Artifact, cut: str) -> TextEncoder:
             f"'{config.text}' has {found[:12]} here; put the old weights back, or train again"
         )
     return encoder
+
+
+def merged_config(artifact: Artifact) -> dict[str, Any]:
+    """The settings by which a merged artifact is read: what is plain in it was never tuned."""
+    adapt = dict(artifact.config["adapt"])
+    tuning = dict(adapt["tuning"])
+    if tuning["text"] not in APART:
+        tuning |= {"text": "head", "layers": []}
+    if tuning["behaviour"] not in APART:
+        tuning |= {"behaviour": "full", "behaviour_layers": []}
+    return {**artifact.config, "adapt": {**adapt, "tuning": tuning}}
 
 
 def _restore(model: Any, needed: Collection[str], path: Path) -> None:

@@ -9,12 +9,15 @@ rounded after it, as far as their inputs go together (GPTQ, Frantar et al., 2023
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float32]
+Wide = NDArray[np.float64]
+Settle = Callable[[int, Wide], Wide]
 
 LARGEST = 127
 _SHARE = 0.6  # of a channel's size that the kernel takes over
@@ -73,24 +76,51 @@ def rounded(kernel: Matrix, gram: NDArray[np.float64]) -> Matrix:
       steps, so that whoever rounds it again to int8, symmetrically, finds the same.
     """
     order = np.argsort(-np.diag(gram), kind="stable")
-    upper = _upper(gram[np.ix_(order, order)])
-    rest = kernel[order].astype(np.float64)
-    largest = np.abs(rest).max(axis=0)
-    step = np.maximum(largest, 1e-12) / LARGEST
-    ends = np.where(np.abs(rest) == largest, np.sign(rest) * LARGEST, 0)
-    codes = np.empty_like(rest)
+    largest = np.abs(kernel).max(axis=0)
+    step = np.maximum(largest, 1e-12).astype(np.float64) / LARGEST
+    ends = np.where(np.abs(kernel) == largest, np.sign(kernel) * LARGEST, 0)[order]
+
+    def settle(block: slice, values: Wide, spread: Wide) -> Settle:
+        def near(place: int, row: Wide) -> Wide:
+            codes = np.clip(np.round(row / step), -LARGEST, LARGEST)
+            found: Wide = np.where(ends[place], ends[place], codes) * step
+            return found
+
+        return near
+
+    out = np.empty_like(kernel)
+    out[order] = settled(kernel[order], gram[np.ix_(order, order)], settle)
+    return out
+
+
+def settled(kernel: Matrix, gram: Wide, settle: Callable[[slice, Wide, Wide], Settle]) -> Wide:
+    """A kernel whose rows are settled one after another, what each loses being made good by those
+    that come later, as far as their inputs go together (GPTQ, and SparseGPT: Frantar & Alistarh
+    2023, arXiv:2301.00774).
+
+    Args:
+      kernel: float32 (in, out).
+      gram: float64 (in, in), see :class:`Inputs`.
+      settle: Is given a block of rows, what they are by then, and float64 (rows, 1), the larger
+        the more of a row's error can be made good; returns what gives, for a row's place and what
+        it is by then, what it is to be.
+
+    Returns:
+      float64 (in, out).
+    """
+    upper = _upper(gram)
+    rest = kernel.astype(np.float64)
+    out = np.empty_like(rest)
     for start in range(0, len(rest), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(rest)))
+        near = settle(block, rest[block], np.diag(upper)[block, None])
         errors = np.empty_like(rest[block])
         for place in range(block.start, block.stop):
-            near = np.clip(np.round(rest[place] / step), -LARGEST, LARGEST)
-            codes[place] = np.where(ends[place], ends[place], near)
-            errors[place - start] = (rest[place] - codes[place] * step) / upper[place, place]
+            out[place] = near(place, rest[place])
+            errors[place - start] = (rest[place] - out[place]) / upper[place, place]
             later = slice(place + 1, block.stop)
             rest[later] -= np.outer(upper[place, later], errors[place - start])
         rest[block.stop :] -= upper[block, block.stop :].T @ errors
-    out = np.empty_like(kernel)
-    out[order] = codes * step
     return out
 
 

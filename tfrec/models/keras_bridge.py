@@ -17,6 +17,7 @@ import ctypes
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,9 @@ _LOADED_WHEN_ASKED_FOR = {
     # TensorFlow has no public way to make variables into constants, or to change a LiteRT file.
     "flatbuffers": "tensorflow.lite.tools.flatbuffer_utils",
     "freezing": "tensorflow.python.framework.convert_to_constants",
+    "tfmot": "tensorflow_model_optimization.sparsity.keras",
+    # TF-MOT prunes variables only inside of layers that it has wrapped.
+    "tfmot_pruning": "tensorflow_model_optimization.python.core.sparsity.keras.pruning_impl",
 }
 
 
@@ -127,7 +131,22 @@ tf_keras: Any = _import("tf_keras")
 def __getattr__(name: str) -> Any:
     if name not in _LOADED_WHEN_ASKED_FOR:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name.startswith("tfmot"):
+        return globals().setdefault(name, _import_tfmot(_LOADED_WHEN_ASKED_FOR[name]))
     return globals().setdefault(name, _import(_LOADED_WHEN_ASKED_FOR[name]))
+
+
+def _import_tfmot(module: str) -> Any:
+    """TF-MOT asks distutils, which is deprecated, how old TensorFlow is; setuptools complains to
+    whoever imports pip or setuptools after it."""
+    there = {name for name in sys.modules if name.partition(".")[0] == "distutils"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = _import(module)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
+        if name not in there:
+            del sys.modules[name]
+    return found
 
 
 class Hosted(tf_keras.layers.Layer):

@@ -1,4 +1,4 @@
-"""Smaller: a BERT with fewer layers, heads, neurons or channels, as a student begins to learn.
+"""Smaller: a BERT with fewer layers, heads, neurons, channels or weights, as a student begins.
 
 What stays is what would be missed most on given texts, and what is lost is made good as far as
 linear algebra can do it: kernel after kernel, in the order in which the BERT computes, is fitted by
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from tfrec.data.tokens import padded
 from tfrec.errors import ConfigError, InputError
 from tfrec.models.bert import Arrays, build_backbone, config_of, heads_of, tensors
+from tfrec.models.int8 import Settle, Wide, settled
 from tfrec.models.keras_bridge import tf
 from tfrec.models.projection import Projection
+from tfrec.models.pruning import Pattern
 from tfrec.models.text import TextEncoder, pool
 
 Floats = NDArray[np.float32]
@@ -96,6 +98,108 @@ def smaller(
     made = build_backbone(config, small.arrays, backbone.dtype_policy)
     projection = large.projection if width is None else small.projection()
     return TextEncoder(made, encoder.tokenizer, encoder.settings, projection)
+
+
+def inputs_of(encoder: TextEncoder, texts: Sequence[str]) -> dict[int, Floats]:
+    """How large the inputs of the kernels of a BERT's layers are.
+
+    Args:
+      encoder: Whose.
+      texts: Some hundred of the kind that will be read; a part, always the same, is used.
+
+    Returns:
+      id of the kernel's tf.Variable -> float32 (in,), the root mean square of each input.
+
+    Raises:
+      InputError: there is no text, or a weight is not finite.
+    """
+    large = _Large(encoder, texts)
+    hidden, found = large.hidden, {}
+    for number, layer in enumerate(encoder.model.transformer_layers):
+        told, attention = large.layer(number, hidden), layer._self_attention_layer
+        read = [
+            (attention.query_dense, hidden),
+            (attention.key_dense, hidden),
+            (attention.value_dense, hidden),
+            (attention.output_dense, told.mixed),
+            (layer._feedforward_intermediate_dense, told.between),
+            (layer._feedforward_output_dense, told.neurons),
+        ]
+        for dense, values in read:
+            found[id(dense.kernel.value)] = np.sqrt(np.square(values).mean(axis=0))
+        hidden = told.hidden
+    return found
+
+
+def sparse(
+    encoder: TextEncoder, texts: Sequence[str], share: float, pattern: Pattern = "unstructured"
+) -> TextEncoder:
+    """The same encoder with zeros in the kernels of its layers, as near as it can be without
+    training: what a zero costs is made good by the weights after it (SparseGPT: Frantar & Alistarh
+    2023, arXiv:2301.00774).
+
+    Args:
+      encoder: As for :func:`smaller`.
+      texts: As for :func:`smaller`.
+      share: Of the weights of each kernel.
+      pattern: See :class:`tfrec.models.pruning.Sparsity`.
+
+    Raises:
+      InputError: there is no text, or a weight is not finite.
+    """
+    large = _Large(encoder, texts)
+    arrays, hidden = large.arrays, large.hidden
+    for number in range(int(encoder.model.num_layers)):
+        name = _LAYER.format(number)
+
+        def thin(part: str, values: Floats, name: str = name) -> None:
+            kernel = arrays[f"{name}{part}.weight"].T
+            arrays[f"{name}{part}.weight"] = thinned(kernel, values, share, pattern).T
+
+        for part in _PARTS:
+            thin(part, hidden)
+        thin(_ATTENDED, large.layer(number, hidden).mixed)
+        thin(_INNER, large.layer(number, hidden).between)
+        thin(_FED, large.layer(number, hidden).neurons)
+        hidden = large.layer(number, hidden).hidden
+    backbone = encoder.model
+    config = config_of(backbone, encoder.settings.activation or "gelu_new")
+    made = build_backbone(config, arrays, backbone.dtype_policy)
+    return TextEncoder(made, encoder.tokenizer, encoder.settings, large.projection)
+
+
+def thinned(kernel: Floats, values: Floats, share: float, pattern: Pattern) -> Floats:
+    """A kernel with zeros whose product with values changes little.
+
+    Args:
+      kernel: float32 (in, out).
+      values: float32 (n, in), inputs.
+      share: Of the weights, rounded down in each block of rows.
+      pattern: See :func:`sparse`.
+    """
+
+    def settle(block: slice, rest: Wide, spread: Wide) -> Settle:
+        kept = _kept(np.square(rest / spread), share, pattern)
+        return lambda place, row: np.where(kept[place - block.start], row, 0)
+
+    gram = values.T.astype(np.float64) @ values
+    return settled(kernel, gram, settle).astype(np.float32)
+
+
+def _kept(worth: Wide, share: float, pattern: Pattern) -> NDArray[np.bool_]:
+    """Which weights (rows, out) of a block stay, those that are worth most."""
+    rows, columns = worth.shape
+    if pattern == "2:4":
+        fours = np.full((-(-rows // 4) * 4, columns), -1.0)
+        fours[:rows] = worth
+        order = np.argsort(np.argsort(fours.reshape(-1, 4, columns), axis=1), axis=1)
+        return (order >= 2).reshape(-1, columns)[:rows]
+    if pattern == "block":
+        padded_ = np.pad(worth, ((0, 0), (0, -columns % 4)))
+        worth = padded_.reshape(rows, -1, 4).mean(axis=2)
+    gone = np.argsort(worth, axis=None, kind="stable")[: int(share * worth.size)]
+    kept = ~np.isin(np.arange(worth.size), gone).reshape(worth.shape)
+    return np.repeat(kept, 4, axis=1)[:, :columns] if pattern == "block" else kept
 
 
 def _check(

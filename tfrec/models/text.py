@@ -279,13 +279,18 @@ class TextEncoder(Hosted):
         features = {"token_ids": token_ids, "segment_ids": segments, "padding_mask": padding_mask}
         return tf.cast(self.model(features, training=training)["sequence_output"], tf.float32)
 
+    def pooled(self, hidden: Any, padding_mask: Any) -> Any:
+        """float32 (batch, width), the vectors of texts of which :meth:`hidden` gave the tokens."""
+        vectors = self.projected(pool(hidden, padding_mask, self.settings.pooling))
+        return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
+
+    def projected(self, vectors: Any) -> Any:
+        """float32 (…, width) of (…, width of the BERT)."""
+        return vectors if self.projection is None else self.projection(vectors)
+
     def _vectors(self, token_ids: Any, padding_mask: Any, training: bool | None = False) -> Any:
         padding_mask = tf.convert_to_tensor(padding_mask)
-        hidden = self.hidden(token_ids, padding_mask, training)
-        vectors = pool(hidden, padding_mask, self.settings.pooling)
-        if self.projection is not None:
-            vectors = self.projection(vectors)
-        return tf.math.l2_normalize(vectors, -1, 1e-24) if self.settings.normalize else vectors
+        return self.pooled(self.hidden(token_ids, padding_mask, training), padding_mask)
 
 
 def pool(hidden: Any, padding_mask: Any, mode: str) -> Any:

@@ -16,11 +16,17 @@ import numpy as np
 
 from tfrec.artifact import MANIFEST, Artifact, write_json, writing
 from tfrec.errors import InputError
-from tfrec.models.engine import MERGED, WEIGHTS, load_text, read_json, restore_two_tower
+from tfrec.models.engine import (
+    APART,
+    MERGED,
+    WEIGHTS,
+    load_text,
+    merged_config,
+    read_json,
+    restore_two_tower,
+)
 from tfrec.models.named import named_variables, save
 from tfrec.models.tuning import difference, merge
-
-_APART = ("adapter", "prompt")
 
 
 def run(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Artifact:
@@ -43,7 +49,7 @@ def run(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Artifact
     if out.resolve() == folder.resolve() or (out.exists() and not (out / MANIFEST).is_file()):
         raise InputError(f"{out} is there already; name a folder that is not, or an old artifact")
     card = read_json(found.file("model.json"))
-    config = _merged_config(found)
+    config = merged_config(found)
     parents = {**found.parents, MERGED: found.digest}
     with writing(out, kind="retrieval", config=config, parents=parents) as draft:
         draft.metrics |= found.metrics
@@ -61,24 +67,13 @@ def _retrieval(folder: Path) -> Path:
     return inside if inside.is_dir() else folder
 
 
-def _merged_config(artifact: Artifact) -> dict[str, Any]:
-    """The settings by which the merged artifact is read: what is plain now was never tuned."""
-    adapt = dict(artifact.config["adapt"])
-    tuning = dict(adapt["tuning"])
-    if tuning["text"] not in _APART:
-        tuning |= {"text": "head", "layers": []}
-    if tuning["behaviour"] not in _APART:
-        tuning |= {"behaviour": "full", "behaviour_layers": []}
-    return {**artifact.config, "adapt": {**adapt, "tuning": tuning}}
-
-
 def _write(found: Artifact, cut: str, card: dict[str, Any], folder: Path) -> None:
     """Weights of a cut, all of them, and its BERT, or the one that all cuts share."""
     features = np.zeros((card["num_rows"], card["attributes_width"]), np.float32)
     model, _ = restore_two_tower(found, cut, features)
     merge(model)
     weights = named_variables(model)
-    plain = found.config["adapt"]["tuning"]["text"] not in _APART
+    plain = found.config["adapt"]["tuning"]["text"] not in APART
     if model.encoder is not None:
         moving = {} if plain else difference(model)
         in_bert = {id(v) for v in named_variables(model.encoder).values()}

@@ -1,0 +1,270 @@
+"""compress: smaller models that are runs, what each costs and wins, and the choice among them."""
+
+import json
+import shutil
+from contextlib import nullcontext
+
+import checkerboard as board
+import numpy as np
+import pytest
+from tiny_bert import write_tiny_bert
+
+from tfrec import cli
+from tfrec.artifact import Artifact
+from tfrec.config import Config
+from tfrec.errors import ArtifactError, ConfigError, InputError
+from tfrec.models.engine import load_recommender
+from tfrec.models.pruning import zeros_of
+from tfrec.recommender import Request
+from tfrec.report.proof import KNOWN, NEW, Budget
+from tfrec.stages import compress, export, verify
+
+pytestmark = pytest.mark.slow
+
+FEW = (
+    "compress.updates=3",
+    "compress.tokens=64",
+    "compress.warmup_steps=1",
+    "compress.seconds=0.05",
+)
+ANY = Budget(loss=0.999)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """A trained run with towers large enough to be pruned; changed by no test."""
+    folder = tmp_path_factory.mktemp("compressed")
+    write_tiny_bert(folder / "bert")
+    settings = board.config(
+        board.write(folder / "files"),
+        f"adapt.text={folder / 'bert'}",
+        "adapt.retrieval.embedding_dim=32",
+        "adapt.retrieval.epochs=6",
+        "adapt.retrieval.learning_rate=0.01",
+        "adapt.ranking.hidden=64",
+    )
+    return board.train(folder / "run", settings)
+
+
+@pytest.fixture(scope="module")
+def run(untouched, tmp_path_factory):
+    """A copy of it, that each test adds models to."""
+    out = tmp_path_factory.mktemp("copy") / "run"
+    shutil.copytree(untouched, out, symlinks=True)
+    return out
+
+
+def config(*settings):
+    return Config.load("files", ["evaluate.bootstrap=20", *FEW, *settings])
+
+
+@pytest.fixture(scope="module")
+def pruned(run):
+    """The report on half of the weights pruned, and int8."""
+    return compress.run(config("compress.prune=0.5"), run, ANY)
+
+
+def tree_of(artifact):
+    return json.loads(artifact.file("compress.json").read_text())
+
+
+class TestPruned:
+    def test_it_is_a_run_with_half_of_every_kernel_zero(self, run, pruned):
+        made = load_recommender(run / "compress" / "pruned-0.5-int8")
+        engine = made.engine
+        for model in (engine.text_encoder, engine.two_tower, engine.ranker):
+            shares = zeros_of(model)
+            assert shares
+            np.testing.assert_allclose(list(shares.values()), 0.5, atol=0.02)
+        assert len(made.recommend([Request(history=("i2", "i4"))], k=5)[0]) == 5
+
+    def test_its_vectors_are_those_its_models_give(self, run, pruned):
+        made = load_recommender(run / "compress" / "pruned-0.5-int8")
+        texts = made.catalog.texts
+        np.testing.assert_allclose(made.engine.encode_text(texts[1:]), made.text[1:], atol=1e-5)
+        rows = np.arange(len(texts), dtype=np.int32)
+        found = made.engine.encode_candidate(made.text, made.catalog.features, rows)
+        np.testing.assert_allclose(found[1:], made.vectors[1:], atol=1e-5)
+
+    def test_it_is_exported_and_verified_as_any_run(self, run, pruned, tmp_path):
+        out = tmp_path / "bundle"
+        export.run(run / "compress" / "pruned-0.5-int8", out, saved_models=False)
+        findings = verify.run(out)
+        assert all(finding.ok for finding in findings)
+
+    def test_the_report_tells_what_was_measured(self, pruned):
+        tree = tree_of(pruned)
+        by_key = {model["key"]: model for model in tree["models"]}
+        assert list(by_key) == ["float", "int8", "pruned-0.5-int8"]
+        float_, int8, half = by_key.values()
+        assert (float_["loss"], float_["cosine"], float_["neighbours"]) == (
+            0,
+            pytest.approx(1, abs=1e-5),
+            1,
+        )
+        assert float_["kept"][KNOWN]["mean"] == float_["kept"][NEW]["mean"] == 1
+        assert int8["sizes"]["text"] < float_["sizes"]["text"]
+        assert half["sizes"]["text_gzip"] < int8["sizes"]["text_gzip"]
+        for model in tree["models"]:
+            assert model["sizes"]["bundle"] > model["sizes"]["text"] > 0
+            assert set(model["times"]) == {"one_ms", "many_ms", "request_ms", "memory_mb"}
+            assert min(model["times"].values()) > 0
+            assert {KNOWN, NEW, "hr@10"} <= set(model["metrics"])
+        assert half["zeros_of_all"] == pytest.approx(0.5, abs=0.02)
+        assert {name.partition(".")[0] for name in half["zeros"]} == {"text", "towers", "ranker"}
+
+    def test_the_page_and_the_table_name_every_model(self, pruned):
+        page = pruned.file("report.html").read_text()
+        table = compress.summary(pruned)
+        for model in tree_of(pruned)["models"]:
+            assert model["key"] in page
+            assert model["key"] in table
+        assert "<svg" in page
+        assert "http" not in page.replace("http://www.w3.org", "")
+
+    def test_again_trains_nothing(self, run, pruned, monkeypatch):
+        monkeypatch.setattr(compress._Making, "_teach", None)
+        again = compress.run(config("compress.prune=0.5"), run, ANY)
+        assert again.config == pruned.config
+
+    def test_other_settings_train_again(self, run, pruned):
+        before = Artifact.load(run / "compress" / "pruned-0.5-int8" / "adapt" / "retrieval")
+        compress.run(config("compress.prune=0.5", "seed=2"), run, ANY)
+        after = Artifact.load(run / "compress" / "pruned-0.5-int8" / "adapt" / "retrieval")
+        assert before.digest != after.digest
+
+
+def test_a_training_that_was_killed_goes_on(untouched, tmp_path, monkeypatch):
+    wanted = config("compress.prune=0.5", 'compress.parts=["text"]', "compress.epochs=3")
+    made = []
+    for name, kill in (("whole", False), ("killed", True)):
+        shutil.copytree(untouched, tmp_path / name, symlinks=True)
+        if kill:
+            saved = compress.save
+
+            def dies(*arguments):
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(compress, "save", dies)
+            with pytest.raises(KeyboardInterrupt):
+                compress.run(wanted, tmp_path / name, ANY)
+            assert list((tmp_path / name / "compress").glob(".*.work/*/text-*/state.json"))
+            monkeypatch.setattr(compress, "save", saved)
+        compress.run(wanted, tmp_path / name, ANY)
+        made.append(load_recommender(tmp_path / name / "compress" / "pruned-0.5-int8"))
+    np.testing.assert_array_equal(made[0].vectors, made[1].vectors)
+    assert not list((tmp_path / "killed" / "compress").glob(".*.work"))
+
+
+class TestBudget:
+    def test_without_a_way_the_usual_ones_are_tried(self, run, capsys):
+        code = cli.main(
+            [
+                "compress",
+                str(run),
+                *(part for setting in FEW for part in ("--set", setting)),
+                "--set",
+                "evaluate.bootstrap=20",
+                "--max-loss",
+                "99%",
+                "--max-size",
+                "30MB",
+            ]
+        )
+        told = capsys.readouterr().out
+        assert code == 0
+        tree = tree_of(Artifact.load(run / "compress" / "report"))
+        assert [model["key"] for model in tree["models"]] == [
+            "float",
+            "int8",
+            "pruned-0.5-int8",
+            "heads-1-neurons-32-int8",
+            "student-1x32-int8",
+            "student-1x16-int8",
+        ]
+        assert tree["chosen"] in told
+        assert f"tfrec export {run}" in told
+        sizes = {model["key"]: model["sizes"]["text"] for model in tree["models"]}
+        assert sizes["student-1x16-int8"] < sizes["student-1x32-int8"] < sizes["int8"]
+
+    def test_one_that_cannot_be_met_names_the_nearest(self, run, capsys):
+        code = cli.main(
+            [
+                "compress",
+                str(run),
+                "--layers",
+                "1",
+                *(part for setting in FEW for part in ("--set", setting)),
+                "--max-size",
+                "1kB",
+            ]
+        )
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == cli.BAD_INPUT
+        assert "no model keeps within the budget; the nearest is student-1x32-int8" in told
+        assert "0.0 MB is asked" in told
+        assert (run / "compress" / "report" / "report.html").is_file()
+
+
+class TestBadInput:
+    def test_no_run(self, tmp_path):
+        with pytest.raises(ArtifactError, match="prepare"):
+            compress.run(config(), tmp_path / "nothing")
+
+    @pytest.mark.parametrize(
+        ("setting", "why"),
+        [
+            ("compress.heads=3", "heads = 3 is not possible"),
+            ("compress.layers=9", "layers = 9 is not possible"),
+            ("compress.width=24", "width = 24"),
+        ],
+    )
+    def test_a_shape_that_is_not_possible(self, run, setting, why):
+        with pytest.raises(ConfigError, match=why):
+            compress.run(config(setting), run)
+
+    def test_a_bert_with_adapters(self, tmp_path_factory, tmp_path):
+        shutil.copytree(board.tuned(tmp_path_factory, "adapter"), tmp_path / "run")
+        with pytest.raises(InputError, match=r"tuning\.text = adapter"):
+            compress.run(config("compress.prune=0.5"), tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("--max-loss", "lots"),
+            ("--max-loss", "150%"),
+            ("--max-size", "30"),
+            ("--max-latency", "3 parsecs"),
+            ("--student", "small"),
+        ],
+    )
+    def test_words_that_are_no_bounds(self, run, option, value, capsys):
+        with pytest.raises(SystemExit) if option != "--student" else nullcontext():
+            assert cli.main(["compress", str(run), option, value]) == cli.BAD_INPUT
+        assert value in capsys.readouterr().err
+
+
+def test_a_lora_tuned_bert_is_taken_with_its_changes(tmp_path_factory, tmp_path):
+    shutil.copytree(board.tuned(tmp_path_factory, "lora"), tmp_path / "run")
+    compress.run(config("compress.layers=1"), tmp_path / "run", ANY)
+    made = load_recommender(tmp_path / "run" / "compress" / "student-1x32-int8")
+    assert int(made.engine.text_encoder.model.num_layers) == 1
+    found = made.engine.encode_text(made.catalog.texts[1:])
+    np.testing.assert_allclose(found, made.text[1:], atol=1e-5)
+
+
+def test_a_run_without_texts_is_pruned(tmp_path):
+    settings = board.config(
+        board.write(tmp_path / "files"),
+        "adapt.retrieval.embedding_dim=32",
+        "adapt.ranking.hidden=64",
+    )
+    board.train(tmp_path / "run", settings)
+    made = compress.run(config("compress.prune=0.5"), tmp_path / "run", ANY)
+    assert [model["key"] for model in tree_of(made)["models"]] == [
+        "float",
+        "int8",
+        "pruned-0.5-int8",
+    ]
+    with pytest.raises(ConfigError, match=r"compress\.heads is of a text encoder"):
+        compress.run(config("compress.heads=1"), tmp_path / "run")

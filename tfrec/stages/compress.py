@@ -1,0 +1,706 @@
+"""compress: a finished run in, smaller models that learned from it out, each with its proof.
+
+What is made smaller is again a run, which `recommend`, `evaluate` and `export` take as any other.
+What each one costs and wins is measured on bundles, as they would be deployed, in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import tfrec
+from tfrec import bundle
+from tfrec.artifact import MANIFEST, Artifact, alone, recipe_digest, write_json, writing
+from tfrec.bundle import CONTENT
+from tfrec.config import CompressConfig, Config
+from tfrec.data.dataset import Dataset
+from tfrec.data.interactions import TEST, TRAIN, VALID
+from tfrec.data.sequences import Histories, query_inputs
+from tfrec.distribution import Placement, place
+from tfrec.errors import ConfigError, InputError
+from tfrec.models import bundling, distillation
+from tfrec.models.engine import (
+    APART,
+    MERGED,
+    WEIGHTS,
+    RetrievalCard,
+    TensorFlowEngine,
+    cut_of,
+    load_ranker,
+    load_recommender,
+    load_text,
+    merged_config,
+    read_array,
+    read_json,
+    recommender_of,
+    restore_two_tower,
+)
+from tfrec.models.inputs import encoded
+from tfrec.models.keras_bridge import set_seed, tf
+from tfrec.models.named import named_variables, save
+from tfrec.models.pruning import Pruner, Sparsity, kernels
+from tfrec.models.retrieval import TwoTower
+from tfrec.models.smaller import inputs_of, smaller, sparse
+from tfrec.models.text import TextEncoder
+from tfrec.models.tuning import merge
+from tfrec.recommender import Floats, Recommender
+from tfrec.report import compression as page
+from tfrec.report.proof import Budget, Court, Trial, beside, dominated, nearest
+from tfrec.timing import processor
+from tfrec.training import Progress, Trainer, discard, disk_errors
+
+FOLDER, KIND = "compress", "compression"
+FLOAT, INT8 = "float", "int8"
+_HELD_OUT, _LEAST_HELD_OUT = 0.1, 100  # of the texts, to be judged by; texts
+_CANDIDATES_AS_USERS = 8  # users of the towers, in memory, are one with the ranker's candidates
+_KNOBS = ("prune", "layers", "heads", "neurons", "width")
+
+
+def run(config: Config, folder: str | os.PathLike[str], budget: Budget | None = None) -> Artifact:
+    """Makes models smaller, and measures what each costs and wins.
+
+    Args:
+      config: Its ``[compress]`` section and the seed. Where the section changes nothing of the
+        model, a ladder of usual ways is tried.
+      folder: The run's folder. The models come to ``compress/<name>`` in it, the report to
+        ``compress/report``.
+      budget: What the chosen one may cost; None: a loss of 1 %.
+
+    Returns:
+      An artifact of the kind ``compression``. Its metrics name the ``chosen`` model, and whether it
+      is ``within`` the budget: if none is, it is the nearest, and :func:`missed` says by how much.
+
+    Raises:
+      ArtifactError: the run is missing or unfinished.
+      ConfigError: the section asks for what the model does not have.
+      InputError: there is nothing to judge by, or the BERT cannot be made smaller.
+    """
+    job = _Job.of(config, Path(folder))
+    plans, budget = job.plans(), budget or Budget(loss=0.01)
+    out = job.source / FOLDER / "report"
+    with alone(job.source / FOLDER):
+        models = _tried(job, plans)
+    chosen, misses = nearest(models, budget)
+    tree = job.tree(models, budget, chosen, misses)
+    with writing(out, kind=KIND, config=job.recipe(), parents=job.parents) as draft:
+        page.write(tree, draft.path)
+        draft.metrics |= {"chosen": chosen, "within": not misses, **page.measured(tree)}
+    return Artifact.peek(out, KIND)
+
+
+def _tried(job: _Job, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What is told of each plan's model; the first is what the others are set beside."""
+    models: list[dict[str, Any]] = []
+    reference: Trial | None = None
+    work = job.source / FOLDER / ".bundles"
+    try:
+        for plan in plans:
+            made = job.make(plan)
+            trial, zeros = job.judge(made, plan, work / plan.key)
+            reference = reference or trial
+            told = {**trial.tree, **beside(trial, reference), **zeros}
+            models.append({**plan.told(made.relative_to(job.source)), **told})
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return models
+
+
+def summary(artifact: Artifact) -> str:
+    """The table of a finished report, and what was chosen, for the terminal."""
+    return page.text(page.read(artifact.path))
+
+
+def missed(artifact: Artifact) -> str:
+    """By how much the nearest model misses the budget, in one line; empty: it keeps within it."""
+    tree = page.read(artifact.path)
+    return page.why_not(tree) if tree["misses"] else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to make a model smaller.
+
+    Attributes:
+      config: How.
+      shape: The BERT's layers, heads, neurons and width, by the names of the configuration; empty:
+        there is none.
+    """
+
+    config: CompressConfig
+    shape: Mapping[str, int]
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights change."""
+        return any(getattr(self.config, name) for name in _KNOBS)
+
+    @property
+    def structure(self) -> dict[str, int]:
+        """What stays of the BERT's shape, where that is less than there is."""
+        asked = {name: int(getattr(self.config, name)) for name in self.shape}
+        return {n: v for n, v in asked.items() if v and v != self.shape[n]}
+
+    @property
+    def key(self) -> str:
+        """Its name, and that of its folder."""
+        config, size = self.config, {**self.shape, **self.structure}
+        parts = []
+        if "width" in self.structure or "layers" in self.structure:
+            parts.append(f"student-{size['layers']}x{size['width']}")
+        parts += [f"{n}-{size[n]}" for n in ("heads", "neurons") if n in self.structure]
+        if config.prune:
+            pattern = {"unstructured": "", "block": "-block", "2:4": "-2of4"}[config.pattern]
+            parts.append(f"pruned-{config.prune:g}{pattern}")
+        parts += [INT8] if config.int8 else [] if parts else [FLOAT]
+        return "-".join(parts)
+
+    def told(self, path: Path) -> dict[str, Any]:
+        """What the report says of it."""
+        asked = {n: getattr(self.config, n) for n in (*_KNOBS, "pattern", "int8")}
+        return {"key": self.key, "settings": asked, "path": path.as_posix()}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that is made smaller."""
+
+    config: Config
+    source: Path
+    dataset: Dataset
+    parents: Mapping[str, Artifact]
+
+    @classmethod
+    def of(cls, config: Config, source: Path) -> _Job:
+        parents = {
+            "dataset": Artifact.load(source / "prepare", "dataset"),
+            "retrieval": Artifact.load(source / "adapt" / "retrieval", "retrieval"),
+        }
+        if (source / "adapt" / "ranking" / MANIFEST).is_file():
+            parents["ranking"] = Artifact.load(source / "adapt" / "ranking", "ranking")
+        dataset = Dataset.load(parents["dataset"])
+        if not len(dataset.interactions.part(TEST)):
+            raise InputError(
+                f"{source} has no test events to judge smaller models by; set data.split to "
+                "leave_one_out, time, item_cold or user_cold, and run again"
+            )
+        return cls(config, source, dataset, parents)
+
+    @property
+    def settings(self) -> CompressConfig:
+        return self.config.compress
+
+    @property
+    def retrieval(self) -> Artifact:
+        return self.parents["retrieval"]
+
+    @cached_property
+    def card(self) -> RetrievalCard:
+        return RetrievalCard.parse(read_json(self.retrieval.file("model.json")))
+
+    @cached_property
+    def cuts(self) -> list[str]:
+        """Those that are judged and deployed: ``select`` only chose."""
+        return [cut for cut in self.card.cuts if cut != "select"] or list(self.card.cuts)
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """Of the BERT."""
+        if not self.card.text_width:
+            return {}
+        model = load_text(self.retrieval, self.cuts[0]).model
+        return {
+            "layers": int(model.num_layers),
+            "heads": int(model.num_heads),
+            "neurons": int(model.intermediate_dim),
+            "width": int(model.hidden_dim),
+        }
+
+    @cached_property
+    def placement(self) -> Placement:
+        found = place(self.settings.distribution)
+        if found.workers > 1:
+            raise ConfigError(
+                "compress works on one machine; take TF_CONFIG out of the environment"
+            )
+        return found
+
+    @cached_property
+    def judged(self) -> NDArray[np.int64]:
+        """Catalog rows whose texts no smaller model learns from: of items without events before
+        the test, or of a random tenth."""
+        told = np.array([row for row, text in enumerate(self.dataset.catalog.texts) if text], int)
+        before = self.dataset.interactions.part(TRAIN, VALID).item
+        cold = told[~np.isin(told, before)]
+        if len(cold) >= _LEAST_HELD_OUT:
+            return np.random.default_rng(self.config.seed).permutation(cold)
+        order = np.random.default_rng(self.config.seed).permutation(told)
+        return order[: max(int(_HELD_OUT * len(told)), min(len(told) // 2, 2))]
+
+    def recipe(self) -> dict[str, Any]:
+        return {"seed": self.config.seed, "compress": self.settings.model_dump(mode="json")}
+
+    def plans(self) -> list[Plan]:
+        """The model as it is, in int8, and what is asked for; else a ladder."""
+        mine = Plan(self.settings, self.shape)
+        plain = self.settings.model_copy(update=dict.fromkeys(_KNOBS, 0))
+        plans = [Plan(plain.model_copy(update={"int8": False}), self.shape)]
+        plans.append(Plan(plain.model_copy(update={"int8": True}), self.shape))
+        unknown = [n for n in _KNOBS[1:] if getattr(self.settings, n) and n not in self.shape]
+        if unknown:
+            raise ConfigError(f"compress.{unknown[0]} is of a text encoder, and this run has none")
+        if mine.trains:
+            plans.append(mine)
+        else:
+            plans += [Plan(plain.model_copy(update=step), self.shape) for step in self._ladder()]
+        found = {plan.key: plan for plan in plans}
+        return list(found.values())
+
+    def _ladder(self) -> Iterator[dict[str, Any]]:
+        yield {"prune": 0.5, "int8": True}
+        if not self.shape:
+            return
+        half = {name: size // 2 for name, size in self.shape.items()}
+        if half["heads"]:
+            yield {"heads": half["heads"], "neurons": half["neurons"], "int8": True}
+        if half["layers"]:
+            yield {"layers": half["layers"], "int8": True}
+            if half["width"] % (self.shape["width"] // self.shape["heads"]) == 0:
+                yield {"layers": half["layers"], "width": half["width"], "int8": True}
+
+    def make(self, plan: Plan) -> Path:
+        """The run that a plan gives; where no weight changes, the one there is."""
+        if not plan.trains:
+            return self.source
+        method = self.retrieval.config["adapt"]["tuning"]["text"]
+        if method in APART:
+            raise InputError(
+                f"{self.retrieval.path} holds a BERT with what adapt.tuning.text = {method} added, "
+                "which can be brought to int8 alone; tune it by lora, full or head"
+            )
+        return _Making(self, plan).run()
+
+    def judge(self, made: Path, plan: Plan, place: Path) -> tuple[Trial, dict[str, Any]]:
+        """Exports the cut that has not seen the test events, and tries that; also says how many
+        zeros its kernels hold."""
+        recommender = load_recommender(made, "test")
+        bundling.check_finite(recommender, made)
+        version = place / bundle.VERSIONS / "1"
+        with writing(version, kind=bundle.KIND, config={"plan": plan.key}) as draft:
+            content = bundling.write(
+                recommender,
+                str(self.retrieval.config["adapt"]["text"]),
+                draft.path,
+                int8=plan.config.int8,
+                saved_models=False,
+            )
+            write_json(draft.path / CONTENT, content)
+        bundle.publish(place, 1, 1)
+        zeros = _zeros(recommender) if plan.config.prune else {"zeros": {}}
+        del recommender
+        found = self.court.judge(place, self.settings.seconds)
+        shutil.rmtree(place)
+        return found, zeros
+
+    @cached_property
+    def court(self) -> Court:
+        split = self.parents["dataset"].config.get("data", {}).get("split", self.config.data.split)
+        return Court(
+            self.dataset,
+            split == "item_cold",
+            self.judged,
+            self.config.evaluate.bootstrap,
+            self.config.seed,
+        )
+
+    def tree(
+        self,
+        models: Sequence[Mapping[str, Any]],
+        budget: Budget,
+        chosen: str,
+        misses: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Everything that compress.json holds."""
+        worse = dominated(models)
+        return {
+            "format": 1,
+            "name": self.source.resolve().name,
+            "folder": str(self.source),
+            "machine": processor(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tfrec_version": tfrec.__version__,
+            "seed": self.config.seed,
+            "cold": self.court.cold,
+            "users": len(self.court.around.users),
+            "judged": len(self.court.judged),
+            "models": [{**model, "worse_than": worse.get(model["key"])} for model in models],
+            "budget": dataclasses.asdict(budget),
+            "chosen": chosen,
+            "misses": dict(misses),
+        }
+
+
+class _Making:
+    """One plan at work: the run that it gives is written, part after part."""
+
+    def __init__(self, job: _Job, plan: Plan) -> None:
+        self.job, self.plan, self.config = job, plan, plan.config
+        self.out = job.source / FOLDER / plan.key
+        how = plan.config.model_dump(mode="json", exclude={"int8", "seconds"})
+        self.recipe = {"compressed": {"seed": job.config.seed, **how}}
+        self.parents = {**job.retrieval.parents, MERGED: job.retrieval.digest}
+        digest = recipe_digest("compress", self.recipe, job.parents)
+        self.work = job.source / FOLDER / f".{plan.key}.work" / digest[:16]
+        self._students: dict[str, TextEncoder] = {}
+
+    def run(self) -> Path:
+        retrieval = self.out / "adapt" / "retrieval"
+        config = {**merged_config(self.job.retrieval), **self.recipe}
+        if self._there(retrieval, "retrieval", config, self.parents) is None:
+            self._link()
+            began = time.monotonic()
+            set_seed(self.job.config.seed)
+            with writing(retrieval, kind="retrieval", config=config, parents=self.parents) as draft:
+                with disk_errors(retrieval):
+                    self._retrieval(draft.path)
+                draft.metrics |= self.job.retrieval.metrics
+                draft.metrics["seconds"] = round(time.monotonic() - began, 1)
+        if "ranking" in self.job.parents:
+            self._ranking(self.job.parents["ranking"], self.out / "adapt" / "ranking")
+        discard(self.work.parent)
+        return self.out
+
+    def _there(
+        self, folder: Path, kind: str, config: Mapping[str, Any], parents: Mapping[str, str]
+    ) -> Artifact | None:
+        if not (folder / MANIFEST).is_file():
+            return None
+        found = Artifact.peek(folder, kind)
+        same = dict(found.config) == dict(config) and dict(found.parents) == dict(parents)
+        return found if same else None
+
+    def _link(self) -> None:
+        """The dataset is that of the run."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        link = self.out / "prepare"
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", "prepare"))
+        settings = self.job.source / "config.json"
+        if settings.is_file():
+            shutil.copyfile(settings, self.out / "config.json")
+
+    # --- retrieval ---
+
+    def _retrieval(self, folder: Path) -> None:
+        job, card = self.job, self.job.card
+        features = job.dataset.catalog.features
+        profile = read_array(job.retrieval.file("profile.npy"))
+        first = ""
+        for cut in job.cuts:
+            two_tower, old_text = restore_two_tower(job.retrieval, cut, features)
+            merge(two_tower)
+            text = old_text
+            (folder / cut).mkdir()
+            if card.text_width:
+                student = self._student(two_tower.encoder or load_text(job.retrieval, cut), cut)
+                text = encoded(student, job.dataset.catalog, "passage")
+                # A BERT that was tuned with the towers was not what read the users' profiles.
+                if two_tower.encoder is None and any(job.dataset.users.texts):
+                    profile = encoded(student, job.dataset.users, "query")
+                if student.digest() != first:
+                    where = folder / cut if first else folder
+                    student.save(where / "text")
+                    np.save(where / "text.npy", text)
+                first = first or student.digest()
+            vectors = read_array(job.retrieval.file(f"{cut}/vectors.npy"))
+            known = _with_ids(two_tower, old_text, features, vectors)
+            towers = two_tower
+            if self.config.prune and "towers" in self.config.parts:
+                self._prune_towers(towers, cut, old_text, text, profile, vectors, known)
+            new = towers.encode_candidate(text, features, known)
+            new[0] = 0
+            np.save(folder / cut / "vectors.npy", new)
+            inner = set()
+            if two_tower.encoder is not None:
+                inner = {id(v) for v in named_variables(two_tower.encoder).values()}
+            weights = {n: v for n, v in named_variables(towers).items() if id(v) not in inner}
+            save(folder / cut / WEIGHTS, weights)
+        if not card.text_width:
+            np.save(folder / "text.npy", text)
+        np.save(folder / "profile.npy", profile)
+        told = {**card.dump(), "cuts": list(job.cuts), "text_digest": ""}
+        write_json(folder / "model.json", told)
+        shutil.copyfile(job.retrieval.file("history.json"), folder / "history.json")
+
+    def _student(self, teacher: TextEncoder, cut: str) -> TextEncoder:
+        """The smaller BERT, the same for cuts whose BERT is the same."""
+        structure, prune = self.plan.structure, self.config.prune and "text" in self.config.parts
+        if not structure and not prune:
+            return teacher
+        digest = teacher.digest()
+        if digest not in self._students:
+            self._students[digest] = self._taught(teacher, structure, bool(prune), cut)
+        return self._students[digest]
+
+    def _taught(
+        self, teacher: TextEncoder, structure: Mapping[str, int], prune: bool, cut: str
+    ) -> TextEncoder:
+        job, settings = self.job, teacher.settings
+        judged = set(job.judged.tolist())
+        texts = [
+            text for row, text in enumerate(job.dataset.catalog.texts) if text and row not in judged
+        ]
+        prepared = [
+            *settings.prepared(list(dict.fromkeys(texts)), "passage"),
+            *settings.prepared(
+                list(dict.fromkeys(t for t in job.dataset.users.texts if t)), "query"
+            ),
+        ]
+        teacher.trainable = False
+        with job.placement.strategy.scope():
+            student = smaller(teacher, texts, **structure)
+            if prune and self.config.prune_schedule == "constant":
+                student = sparse(student, texts, self.config.prune, self.config.pattern)
+            student.trainable = True
+            student.model.pooled_dense.trainable = False
+            losses, parts = distillation.of_texts(student, teacher)
+        batches = distillation.Texts(
+            list(teacher.tokenizer.ids(prepared)),
+            self.config.tokens,
+            job.config.seed,
+            job.placement.replicas,
+        )
+        rising = prune and self.config.prune_schedule == "polynomial"
+        sizes = inputs_of(student, texts) if rising else {}
+        self._teach(student, losses, parts, batches, prune, f"text-{cut}", "texts", sizes)
+        return student
+
+    def _prune_towers(
+        self,
+        towers: TwoTower,
+        cut: str,
+        old_text: Floats,
+        text: Floats,
+        profile: Floats,
+        vectors: Floats,
+        known: NDArray[np.int32],
+    ) -> None:
+        """The towers learn, sparse, to give the vectors that they gave dense."""
+        job = self.job
+        features = job.dataset.catalog.features
+        history, users = self._asked(cut)
+        arrays = (profile[users], job.dataset.users.features[users])
+        told = towers.encode_query(history, vectors, *arrays)
+        rows, nothing = np.arange(1, len(vectors)), np.zeros_like(known)
+        # Each item by its id, and as if it were new.
+        candidates = {
+            "text": np.tile(text[rows], (2, 1)),
+            "attributes": np.tile(features[rows], (2, 1)),
+            "row": np.concatenate([known[rows], nothing[rows]]),
+            "told": np.concatenate(
+                [vectors[rows], towers.encode_candidate(old_text, features, nothing)[rows]]
+            ),
+        }
+        if kernels(towers.candidate_tower):
+            tower = towers.candidate_tower
+            losses, parts = distillation.of_vectors(
+                lambda batch, training: tf.cast(
+                    tower(batch["text"], batch["attributes"], batch["row"]), tf.float32
+                )
+            )
+            batches = self._examples(candidates)
+            self._teach(tower, losses, parts, batches, True, f"candidate-{cut}", "candidates")
+        new = towers.encode_candidate(text, features, known)
+        new[0] = 0
+        inputs = query_inputs(history, towers.config.history, new, *arrays)
+        losses, parts = distillation.of_vectors(
+            lambda batch, training: towers(
+                {name: batch[name] for name in batch if name != "told"}, training=False
+            )
+        )
+        batches = self._examples({**inputs, "told": told})
+        tower = towers.query_tower
+        if kernels(tower):
+            self._teach(tower, losses, parts, batches, True, f"query-{cut}", "queries")
+
+    def _asked(self, cut: str) -> tuple[Histories, NDArray[np.int64]]:
+        """Histories of users, each as it is and up to a random place, and whose they are."""
+        everyone = Histories.of(cut_of(self.job.dataset.interactions, cut), self.job.card.coding)
+        random = np.random.default_rng(self.job.config.seed)
+        met = np.flatnonzero(np.diff(everyone.offsets))
+        users = np.repeat(random.permutation(met)[: self.config.users], 2)
+        found = everyone.take(users)
+        lengths = np.diff(found.offsets)
+        lengths[1::2] = random.integers(1, lengths[1::2] + 1)
+        return found.first(lengths), users
+
+    # --- the ranker ---
+
+    def _ranking(self, found: Artifact, folder: Path) -> None:
+        """Leaves the ranker: that of the run, or a sparse one."""
+        if not self.config.prune or "ranker" not in self.config.parts:
+            if not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.symlink_to(Path("..", "..", "..", "adapt", "ranking"))
+            return
+        if folder.is_symlink():
+            folder.unlink()
+        config = {**found.config, **self.recipe}
+        if self._there(folder, "ranking", config, found.parents) is not None:
+            return
+        with writing(folder, kind="ranking", config=config, parents=found.parents) as draft:
+            draft.metrics |= found.metrics
+            for name in found.files:
+                (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found.file(name), draft.path / name)
+            ranker = load_ranker(found, read_json(found.file("model.json")))
+            if ranker is not None and kernels(ranker):
+                with disk_errors(folder):
+                    self._prune_ranker(ranker, found)
+                save(draft.path / WEIGHTS, named_variables(ranker))
+
+    def _prune_ranker(self, ranker: Any, found: Artifact) -> None:
+        """It learns, sparse, to say of candidates what it said of them dense."""
+        recommender = recommender_of(self.job.dataset, self.job.retrieval, found, self.job.cuts[0])
+        asked = max(self.config.users // _CANDIDATES_AS_USERS, 1)
+        inputs, answers = _recorded(recommender, asked, self.job.config.seed)
+        tasks = list(answers)
+        told = np.stack([answers[task] for task in tasks], axis=-1)
+        scale = np.maximum(told.std(axis=(0, 1), keepdims=True), 1e-6)
+        losses, parts = distillation.of_values(
+            lambda batch, training: tf.stack(
+                [ranker(batch, training=False)[task] for task in tasks], axis=-1
+            )
+        )
+        arrays = {**inputs, "told": told, "scale": np.broadcast_to(scale, told.shape)}
+        batches = self._examples(arrays, _CANDIDATES_AS_USERS)
+        self._teach(ranker, losses, parts, batches, True, "ranker", "ranker")
+
+    # --- teaching ---
+
+    def _examples(self, arrays: Mapping[str, Any], of: int = 1) -> distillation.Examples:
+        return distillation.Examples(
+            arrays,
+            max(self.config.batch_size // of, 1),
+            self.job.config.seed,
+            self.job.placement.replicas,
+        )
+
+    def _teach(
+        self,
+        student: Any,
+        losses: distillation.Loss,
+        parts: Sequence[str],
+        batches: Any,
+        prune: bool,
+        name: str,
+        title: str,
+        inputs: Mapping[int, Floats] | None = None,
+    ) -> Progress:
+        """Trains; a training that was killed goes on from its last checkpoint."""
+        steps = batches.steps_per_epoch
+        epochs = self.config.epochs or max(round(self.config.updates / steps), 1)
+        sparsity = (
+            Sparsity(self.config.prune, self.config.pattern, self.config.prune_schedule)
+            if prune
+            else None
+        )
+        with self.job.placement.strategy.scope():
+            pruner = None
+            if sparsity is not None:
+                pruner = Pruner(kernels(student), sparsity, epochs * steps, inputs)
+            model = distillation.Distiller(student, losses, parts, pruner)
+        one = self.config.model_copy(
+            update={"epochs": epochs, "batch_size": self.job.placement.replicas}
+        )
+        return Trainer(model, one, self.job.placement).fit(
+            batches, work_dir=self.work / name, title=f"{self.plan.key}, {title}", epochs=epochs
+        )
+
+
+def _zeros(recommender: Recommender) -> dict[str, Any]:
+    """``zeros``: the share in each kernel that was pruned at all; ``zeros_of_all``: in these."""
+    engine = recommender.engine
+    assert isinstance(engine, TensorFlowEngine)
+    models = {"towers": engine.two_tower, "ranker": engine.ranker}
+    if recommender.text.shape[1]:
+        models = {"text": engine.text_encoder, **models}
+    found = {
+        f"{part}.{name}": (float(np.mean(kernel.numpy() == 0)), int(np.prod(kernel.shape)))
+        for part, model in models.items()
+        if model is not None
+        for name, kernel in kernels(model).items()
+    }
+    pruned = {name: told for name, told in found.items() if told[0] > 0}
+    weights = sum(size for _, size in pruned.values())
+    return {
+        "zeros": {name: share for name, (share, _) in pruned.items()},
+        "zeros_of_all": sum(s * n for s, n in pruned.values()) / max(weights, 1),
+    }
+
+
+def _with_ids(
+    towers: TwoTower, text: Floats, features: Floats, vectors: Floats
+) -> NDArray[np.int32]:
+    """int32 (n + 1,), each catalog row, or 0 where its vector was made without its id."""
+    rows = np.arange(len(vectors), dtype=np.int32)
+    off = [
+        np.abs(towers.encode_candidate(text, features, ids) - vectors).max(axis=1)
+        for ids in (rows, np.zeros_like(rows))
+    ]
+    return np.where(off[0] <= off[1], rows, 0).astype(np.int32)
+
+
+class _Recorder:
+    """An engine that keeps what its ranker was asked and answered.
+
+    Args:
+      engine: Does all.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.asked: list[Mapping[str, Floats]] = []
+        self.told: list[dict[str, Floats]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def rank(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
+        """See :class:`tfrec.recommender.Engine`."""
+        found: dict[str, Floats] = self._engine.rank(inputs)
+        self.asked.append(inputs)
+        self.told.append(found)
+        return found
+
+
+def _recorded(
+    recommender: Recommender, users: int, seed: int
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """What a ranker is asked for some users, and what it says."""
+    met = np.flatnonzero(np.diff(recommender.interactions.offsets)).astype(np.int32)
+    chosen = np.sort(np.random.default_rng(seed).permutation(met)[: max(users, 1)])
+    recommender.engine = engine = _Recorder(recommender.engine)
+    # Asked of every candidate, also where its tasks count for nothing in the score.
+    tasks = recommender.policy.tasks
+    recommender.policy = dataclasses.replace(
+        recommender.policy, score=dict.fromkeys(("retrieval", *tasks), 1.0)
+    )
+    recommender.lists(recommender.interactions, chosen, 10)
+
+    def joined(parts: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+        names = parts[0] if parts else ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    return joined(engine.asked), joined(engine.told)
