@@ -468,10 +468,8 @@ class CompressConfig(TrainingConfig):
     epochs: int = Field(
         0, ge=0, le=100_000, description="passes over the examples; 0: as many as make `updates`"
     )
-    updates: int = Field(800, ge=1, description="updates of the weights where `epochs` is 0")
-    batch_size: int = Field(
-        256, ge=1, description="users of a batch, for the towers and the ranker"
-    )
+    updates: int = Field(300, ge=1, description="updates of the weights where `epochs` is 0")
+    batch_size: int = Field(64, ge=1, description="users of a batch, for the towers and the ranker")
     tokens: int = Field(2048, ge=16, description="tokens of a batch of texts, padding included")
     learning_rate: float = Field(1e-4, gt=0, le=1)
     warmup_steps: int = Field(20, ge=0)
