@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from tfrec.report.proof import Budget, Trial, beside, dominated, nearest
+from tfrec.errors import InputError
+from tfrec.report.measures import Row
+from tfrec.report.proof import KNOWN, Budget, Trial, beside, dominated, nearest
 
 
 def model(key, loss, size, ms):
@@ -63,14 +65,38 @@ def test_a_loss_of_nothing_is_not_allowed_by_a_bound_of_zero():
     assert misses["loss"] > 1
 
 
+def row(values):
+    values = np.array(values, float)
+    means = {"ndcg@10": np.full(20, values.mean())}
+    return Row({"name": "", "metrics": {"ndcg@10": {"mean": float(values.mean())}}}, means)
+
+
+def trial(text, values=(1.0, 0.0)):
+    return Trial({}, {KNOWN: row(values)}, text)
+
+
 def test_neighbours_and_cosines_are_of_directions():
     random = np.random.default_rng(0)
     text = random.normal(size=(40, 8)).astype(np.float32)
-    one = Trial({}, {}, text)
-    same = beside(Trial({}, {}, 3 * text), one)
+    one = trial(text)
+    same = beside(trial(3 * text), one)
     assert same["cosine"] == pytest.approx(1)
     assert same["cosine_min"] == pytest.approx(1)
     assert same["neighbours"] == 1
-    other = beside(Trial({}, {}, random.normal(size=(40, 8)).astype(np.float32)), one)
+    other = beside(trial(random.normal(size=(40, 8)).astype(np.float32)), one)
     assert other["cosine"] < 0.5
     assert other["neighbours"] == pytest.approx(10 / 39, abs=0.15)
+
+
+def test_the_loss_is_a_share_of_what_the_reference_has():
+    text = np.zeros((0, 8), np.float32)
+    found = beside(trial(text, (0.9, 0.0)), trial(text, (1.0, 0.0)))
+    assert found["loss"] == pytest.approx(0.1)
+    assert found["kept"][KNOWN]["low"] == pytest.approx(0.9)
+    assert "cosine" not in found
+
+
+def test_a_reference_that_finds_nothing_is_no_reference():
+    text = np.zeros((0, 8), np.float32)
+    with pytest.raises(InputError, match="nothing to judge by"):
+        beside(trial(text, (1.0, 0.0)), trial(text, (0.0, 0.0)))

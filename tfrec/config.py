@@ -462,21 +462,27 @@ class PretrainConfig(TrainingConfig):
 CompressPart = Literal["text", "towers", "ranker"]
 
 
-class CompressConfig(TrainingConfig):
+class CompressConfig(Section):
     """Smaller models, which learn to answer as the trained ones do."""
 
     epochs: int = Field(
         0, ge=0, le=100_000, description="passes over the examples; 0: as many as make `updates`"
     )
-    updates: int = Field(300, ge=1, description="updates of the weights where `epochs` is 0")
+    updates: int = Field(
+        300, ge=1, description="updates of the weights where `epochs` is 0; one pass at least"
+    )
     batch_size: int = Field(64, ge=1, description="users of a batch, for the towers and the ranker")
     tokens: int = Field(2048, ge=16, description="tokens of a batch of texts, padding included")
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = Field("linear")
-    clip_norm: float = Field(1.0, ge=0)
-    ema: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate (AdamW)")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear learning-rate warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "linear", description="learning rate after the warm-up"
+    )
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm limit; 0: none")
     jit_compile: bool = Field(False, description="compile with XLA, once for each length of texts")
+    checkpoint_minutes: float = Field(
+        0.5, ge=0, description="a checkpoint is written after an epoch if the last is so old"
+    )
     distribution: Literal["auto", "one_device", "mirrored"] = Field(
         "auto", description="as `adapt.distribution`, on one machine"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_bert import write_tiny_bert
 
-from tfrec.config import CompressConfig
+from tfrec.config import TrainingConfig
 from tfrec.distribution import place
 from tfrec.errors import InputError
 from tfrec.models import distillation
@@ -53,6 +53,11 @@ class TestTexts:
         late = batches_of(texts, steps, first_epoch=1)
         for mine, its in zip(batches_of(texts, 2 * steps)[steps:], late, strict=True):
             np.testing.assert_array_equal(mine["token_ids"], its["token_ids"])
+
+    def test_nothing_is_padded_beyond_what_the_model_reads(self):
+        texts = Texts([row[:40] for row in ROWS], 64, 1, length=40)
+        widths = {b["token_ids"].shape[1] for b in batches_of(texts, texts.steps_per_epoch)}
+        assert widths == {16, 32, 40}
 
     def test_shapes_are_few(self):
         texts = Texts(ROWS, 64, 1)
@@ -121,11 +126,14 @@ def taught(folder, work, epochs, share=0.5, stop=None):
     losses, parts = distillation.of_texts(student, teacher)
     pruner = Pruner(kernels(student), Sparsity(share), epochs * batches.steps_per_epoch)
     model = Distiller(student, losses, parts, pruner)
-    config = CompressConfig(
+    config = TrainingConfig(
         epochs=epochs,
         batch_size=1,
         learning_rate=0.01,
         warmup_steps=1,
+        schedule="linear",
+        ema=0,
+        jit_compile=False,
         checkpoint_minutes=0,
     )
     state = Trainer(model, config, place("one_device")).fit(

@@ -145,6 +145,7 @@ class Texts:
       tokens: Of a global batch, padding included.
       seed: Decides what is drawn.
       replicas: Parts of a global batch.
+      length: Tokens of the longest text that the model reads; nothing is padded beyond.
 
     Raises:
       InputError: there is no text.
@@ -154,6 +155,7 @@ class Texts:
     tokens: int
     seed: int
     replicas: int = 1
+    length: int = _BUCKETS[-1]
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -175,7 +177,10 @@ class Texts:
         """Bucket -> rows whose texts are shown whole in it, and below zero those of pieces."""
         rows = np.arange(1, len(self.rows) + 1)
         lengths = np.array([len(row) for row in self.rows])
-        whole, piece = (_bucket(np.minimum(lengths, most)) for most in (_BUCKETS[-1], _PIECE))
+        whole, piece = (
+            np.minimum(_bucket(np.minimum(lengths, most)), self.length)
+            for most in (_BUCKETS[-1], _PIECE)
+        )
         return {
             size: np.concatenate([rows[whole == size], -rows[piece == size]])
             for size in sorted({*whole.tolist(), *piece.tolist()})
@@ -215,7 +220,7 @@ class Texts:
         if not inner:
             return [first, last]
         start = int(random.integers(len(inner)))
-        long = int(random.integers(1, _PIECE - 1))
+        long = int(random.integers(1, min(_PIECE, self.length) - 1))
         return [first, *inner[start : start + long], last]
 
 

@@ -77,7 +77,7 @@ def smaller(
       ConfigError: a number is not possible.
       InputError: there is no text, or a weight is not finite.
     """
-    _check(encoder, layers, heads, neurons, width)
+    check(encoder, layers, heads, neurons, width)
     large = _Large(encoder, texts)
     backbone = encoder.model
     kept = list(range(backbone.num_layers))
@@ -202,13 +202,14 @@ def _kept(worth: Wide, share: float, pattern: Pattern) -> NDArray[np.bool_]:
     return np.repeat(kept, 4, axis=1)[:, :columns] if pattern == "block" else kept
 
 
-def _check(
+def check(
     encoder: TextEncoder,
     layers: int | None,
     heads: int | None,
     neurons: int | None,
     width: int | None,
 ) -> None:
+    """Raises ConfigError if :func:`smaller` cannot do this."""
     teacher = encoder.model
     found = [heads_of(layer) for layer in teacher.transformer_layers]
     size = found[0][1]

@@ -269,11 +269,14 @@ def _colour(tree: Tree, model: Tree) -> str:
 
 def _trade(tree: Tree) -> Figure:
     figure, axes = panels(2, WIDTH, 4.2)
+    reads = "one_ms" in tree["models"][0]["times"]
+    time = f"milliseconds {'to read one text' if reads else 'of a request'}"
     sides: Sequence[tuple[str, Callable[[Tree], float]]] = (
         ("bundle, MB", lambda model: model["sizes"]["bundle"] / 1e6),
-        ("milliseconds to read one text", lambda model: float(_costs(model)["latency"])),
+        (time, lambda model: float(_costs(model)["latency"])),
     )
-    metric = NEW if NEW in tree["models"][0]["kept"] else KNOWN
+    kept = tree["models"][0]["kept"]
+    metric = NEW if kept.get(NEW, {}).get("mean") else KNOWN
     for axis, (title, across) in zip(axes, sides, strict=True):
         for model in tree["models"]:
             share, x = model["kept"][metric], across(model)

@@ -16,6 +16,7 @@ from tfrec.bundle import Bundle
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.engines import recommender_of
+from tfrec.errors import InputError
 from tfrec.index import ExactIndex
 from tfrec.recommender import Floats, Recommender
 from tfrec.report.measures import Round, Row, compare, measure
@@ -53,12 +54,20 @@ class Court:
       judged: Catalog rows of texts that no smaller model has learned from.
       resamples: Of the bootstrap.
       seed: Of what is drawn.
+      exclude_history: Whether items of the history are not recommended.
     """
 
     def __init__(
-        self, dataset: Dataset, cold: bool, judged: NDArray[np.int64], resamples: int, seed: int
+        self,
+        dataset: Dataset,
+        cold: bool,
+        judged: NDArray[np.int64],
+        resamples: int,
+        seed: int,
+        exclude_history: bool = True,
     ) -> None:
         self.dataset, self.cold, self.resamples, self.seed = dataset, cold, resamples, seed
+        self.exclude_history = exclude_history
         self.judged = judged[:_JUDGED]
         self.history = dataset.interactions.part(TRAIN, VALID)
         held_out = dataset.interactions.part(TEST)
@@ -95,7 +104,9 @@ class Court:
         return Trial(tree, rows, text)
 
     def _known(self, recommender: Recommender) -> Row:
-        lists = recommender.lists(self.history, self.around.users, _K, request_time=self.times)
+        lists = recommender.lists(
+            self.history, self.around.users, _K, self.exclude_history, self.times
+        )
         return self._row(list(lists.values())[-1].ids, _K)
 
     def _new(self, recommender: Recommender) -> NDArray[np.int32] | None:
@@ -114,7 +125,8 @@ class Court:
         vectors = recommender.engine.encode_candidate(text[rows], catalog.features[rows], nothing)
         asked = recommender.who(self.history, self.around.users, self.times)
         index = ExactIndex.build(vectors, rows)
-        return index.search(recommender.queries(asked), _NEW_K, asked.seen).ids
+        seen = asked.seen if self.exclude_history else None
+        return index.search(recommender.queries(asked), _NEW_K, seen).ids
 
     def _row(self, lists: NDArray[np.int32], k: int) -> Row:
         return measure("", "", lists, self.around, [k], self.resamples, self.seed)
@@ -127,14 +139,22 @@ def beside(trial: Trial, reference: Trial) -> dict[str, Any]:
       ``kept``: metric -> its share, with the 95% interval of the paired bootstrap; ``cosine`` and
       ``cosine_min`` of the vectors of texts; ``neighbours``, the share of the ten nearest that
       stay; ``loss``, the larger share that is lost of the two.
+
+    Raises:
+      InputError: the reference finds nothing.
     """
     kept = {
         name: _share(trial.rows[name], row, _plain(name)) for name, row in reference.rows.items()
     }
     out: dict[str, Any] = {"kept": kept}
     shares = [told["mean"] for told in kept.values() if told["mean"] is not None]
-    out["loss"] = max((1 - share for share in shares), default=0.0)
-    if reference.text.shape[1]:
+    if not shares:
+        raise InputError(
+            "the model as it was trained finds no test event among its first: there is nothing to "
+            "lose, so nothing to judge by; train longer, or hold out more events"
+        )
+    out["loss"] = max(1 - share for share in shares)
+    if reference.text.size:
         cosines = _unit(trial.text) * _unit(reference.text)
         found = cosines.sum(axis=1)
         out |= {"cosine": float(found.mean()), "cosine_min": float(found.min())}

@@ -24,13 +24,14 @@ import tfrec
 from tfrec import bundle
 from tfrec.artifact import MANIFEST, Artifact, alone, recipe_digest, write_json, writing
 from tfrec.bundle import CONTENT
-from tfrec.config import CompressConfig, Config
+from tfrec.config import CompressConfig, Config, TrainingConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.data.sequences import Histories, query_inputs
 from tfrec.distribution import Placement, place
-from tfrec.errors import ConfigError, InputError
+from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import bundling, distillation
+from tfrec.models.bert import heads_of
 from tfrec.models.engine import (
     APART,
     MERGED,
@@ -52,10 +53,10 @@ from tfrec.models.keras_bridge import set_seed, tf
 from tfrec.models.named import named_variables, save
 from tfrec.models.pruning import Pruner, Sparsity, kernels
 from tfrec.models.retrieval import TwoTower
-from tfrec.models.smaller import inputs_of, smaller, sparse
+from tfrec.models.smaller import check, inputs_of, smaller, sparse
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import merge
-from tfrec.recommender import Floats, Recommender
+from tfrec.recommender import BLOCK, Floats, Recommender
 from tfrec.report import compression as page
 from tfrec.report.proof import Budget, Court, Trial, beside, dominated, nearest
 from tfrec.timing import processor
@@ -144,7 +145,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether weights change."""
-        return any(getattr(self.config, name) for name in _KNOBS)
+        return bool(self.config.prune or self.structure)
 
     @property
     def structure(self) -> dict[str, int]:
@@ -180,6 +181,7 @@ class _Job:
     source: Path
     dataset: Dataset
     parents: Mapping[str, Artifact]
+    split: str
 
     @classmethod
     def of(cls, config: Config, source: Path) -> _Job:
@@ -195,7 +197,13 @@ class _Job:
                 f"{source} has no test events to judge smaller models by; set data.split to "
                 "leave_one_out, time, item_cold or user_cold, and run again"
             )
-        return cls(config, source, dataset, parents)
+        split = parents["dataset"].config.get("data", {}).get("split", config.data.split)
+        if split == "user_cold":
+            raise InputError(
+                f"{source} has the split user_cold: its test users have no events that the towers "
+                "could be asked with; compress a run with another split"
+            )
+        return cls(config, source, dataset, parents, split)
 
     @property
     def settings(self) -> CompressConfig:
@@ -215,14 +223,19 @@ class _Job:
         return [cut for cut in self.card.cuts if cut != "select"] or list(self.card.cuts)
 
     @cached_property
+    def encoder(self) -> TextEncoder | None:
+        """The BERT as it is."""
+        return load_text(self.retrieval, self.cuts[0]) if self.card.text_width else None
+
+    @cached_property
     def shape(self) -> dict[str, int]:
         """Of the BERT."""
-        if not self.card.text_width:
+        if self.encoder is None:
             return {}
-        model = load_text(self.retrieval, self.cuts[0]).model
+        model = self.encoder.model
         return {
             "layers": int(model.num_layers),
-            "heads": int(model.num_heads),
+            "heads": min(heads_of(layer)[0] for layer in model.transformer_layers),
             "neurons": int(model.intermediate_dim),
             "width": int(model.hidden_dim),
         }
@@ -252,43 +265,60 @@ class _Job:
         return {"seed": self.config.seed, "compress": self.settings.model_dump(mode="json")}
 
     def plans(self) -> list[Plan]:
-        """The model as it is, in int8, and what is asked for; else a ladder."""
-        mine = Plan(self.settings, self.shape)
-        plain = self.settings.model_copy(update=dict.fromkeys(_KNOBS, 0))
-        plans = [Plan(plain.model_copy(update={"int8": False}), self.shape)]
-        plans.append(Plan(plain.model_copy(update={"int8": True}), self.shape))
+        """The model as it is, in int8, and what is asked for; else a ladder.
+
+        Raises:
+          ConfigError: the section asks for what cannot be.
+          InputError: the BERT cannot be made smaller.
+        """
         unknown = [n for n in _KNOBS[1:] if getattr(self.settings, n) and n not in self.shape]
         if unknown:
             raise ConfigError(f"compress.{unknown[0]} is of a text encoder, and this run has none")
+        mine = Plan(self.settings, self.shape)
+        plain = self.settings.model_copy(update=dict.fromkeys(_KNOBS, 0))
+        plans = [
+            Plan(plain.model_copy(update={"int8": int8}), self.shape) for int8 in (False, True)
+        ]
+        apart = self.retrieval.config["adapt"]["tuning"]["text"]
         if mine.trains:
+            self._check(mine, apart)
             plans.append(mine)
-        else:
+        elif apart not in APART:
             plans += [Plan(plain.model_copy(update=step), self.shape) for step in self._ladder()]
         found = {plan.key: plan for plan in plans}
         return list(found.values())
 
+    def _check(self, mine: Plan, apart: str) -> None:
+        """Finds out before anything is measured whether what is asked for can be made."""
+        config = mine.config
+        _ = self.placement
+        if config.prune:
+            Sparsity(config.prune, config.pattern, config.prune_schedule)
+        if self.encoder is not None:
+            check(self.encoder, **{name: getattr(config, name) or None for name in self.shape})
+        if apart in APART:
+            raise InputError(
+                f"{self.retrieval.path} holds a BERT with what adapt.tuning.text = {apart} added, "
+                "which can be brought to int8 alone; tune it by lora, full or head"
+            )
+
     def _ladder(self) -> Iterator[dict[str, Any]]:
         yield {"prune": 0.5, "int8": True}
-        if not self.shape:
+        if self.encoder is None:
             return
         half = {name: size // 2 for name, size in self.shape.items()}
-        if half["heads"]:
+        size = heads_of(self.encoder.model.transformer_layers[0])[1]
+        if half["heads"] and half["neurons"]:
             yield {"heads": half["heads"], "neurons": half["neurons"], "int8": True}
         if half["layers"]:
             yield {"layers": half["layers"], "int8": True}
-            if half["width"] % (self.shape["width"] // self.shape["heads"]) == 0:
+            if half["width"] and half["width"] % size == 0:
                 yield {"layers": half["layers"], "width": half["width"], "int8": True}
 
     def make(self, plan: Plan) -> Path:
         """The run that a plan gives; where no weight changes, the one there is."""
         if not plan.trains:
             return self.source
-        method = self.retrieval.config["adapt"]["tuning"]["text"]
-        if method in APART:
-            raise InputError(
-                f"{self.retrieval.path} holds a BERT with what adapt.tuning.text = {method} added, "
-                "which can be brought to int8 alone; tune it by lora, full or head"
-            )
         return _Making(self, plan).run()
 
     def judge(self, made: Path, plan: Plan, place: Path) -> tuple[Trial, dict[str, Any]]:
@@ -315,13 +345,14 @@ class _Job:
 
     @cached_property
     def court(self) -> Court:
-        split = self.parents["dataset"].config.get("data", {}).get("split", self.config.data.split)
+        evaluate = self.config.evaluate
         return Court(
             self.dataset,
-            split == "item_cold",
+            self.split == "item_cold",
             self.judged,
-            self.config.evaluate.bootstrap,
+            evaluate.bootstrap,
             self.config.seed,
+            evaluate.exclude_history,
         )
 
     def tree(
@@ -359,7 +390,13 @@ class _Making:
         self.out = job.source / FOLDER / plan.key
         how = plan.config.model_dump(mode="json", exclude={"int8", "seconds"})
         self.recipe = {"compressed": {"seed": job.config.seed, **how}}
-        self.parents = {**job.retrieval.parents, MERGED: job.retrieval.digest}
+        above = job.retrieval.parents
+        # The ranker knows the retrieval beside which it was made, however often that was changed.
+        self.parents = {
+            **above,
+            MERGED: above.get(MERGED, job.retrieval.digest),
+            "source": job.retrieval.digest,
+        }
         digest = recipe_digest("compress", self.recipe, job.parents)
         self.work = job.source / FOLDER / f".{plan.key}.work" / digest[:16]
         self._students: dict[str, TextEncoder] = {}
@@ -374,7 +411,7 @@ class _Making:
             with writing(retrieval, kind="retrieval", config=config, parents=self.parents) as draft:
                 with disk_errors(retrieval):
                     self._retrieval(draft.path)
-                draft.metrics |= self.job.retrieval.metrics
+                draft.metrics["source"] = dict(self.job.retrieval.metrics)
                 draft.metrics["seconds"] = round(time.monotonic() - began, 1)
         if "ranking" in self.job.parents:
             self._ranking(self.job.parents["ranking"], self.out / "adapt" / "ranking")
@@ -384,9 +421,10 @@ class _Making:
     def _there(
         self, folder: Path, kind: str, config: Mapping[str, Any], parents: Mapping[str, str]
     ) -> Artifact | None:
-        if not (folder / MANIFEST).is_file():
+        try:
+            found = Artifact.load(folder, kind)
+        except ArtifactError:
             return None
-        found = Artifact.peek(folder, kind)
         same = dict(found.config) == dict(config) and dict(found.parents) == dict(parents)
         return found if same else None
 
@@ -408,15 +446,20 @@ class _Making:
         profile = read_array(job.retrieval.file("profile.npy"))
         first = ""
         for cut in job.cuts:
-            two_tower, old_text = restore_two_tower(job.retrieval, cut, features)
-            merge(two_tower)
+            with job.placement.strategy.scope():
+                two_tower, old_text = restore_two_tower(job.retrieval, cut, features)
+                merge(two_tower)
+                teacher = two_tower.encoder
+                if card.text_width and teacher is None:
+                    teacher = load_text(job.retrieval, cut)
             text = old_text
             (folder / cut).mkdir()
-            if card.text_width:
-                student = self._student(two_tower.encoder or load_text(job.retrieval, cut), cut)
+            if teacher is not None:
+                student = self._student(teacher, cut)
                 text = encoded(student, job.dataset.catalog, "passage")
                 # A BERT that was tuned with the towers was not what read the users' profiles.
-                if two_tower.encoder is None and any(job.dataset.users.texts):
+                tuned = two_tower.encoder or f"{cut}/text/config.json" in job.retrieval.files
+                if not tuned and any(job.dataset.users.texts):
                     profile = encoded(student, job.dataset.users, "query")
                 if student.digest() != first:
                     where = folder / cut if first else folder
@@ -441,7 +484,6 @@ class _Making:
         np.save(folder / "profile.npy", profile)
         told = {**card.dump(), "cuts": list(job.cuts), "text_digest": ""}
         write_json(folder / "model.json", told)
-        shutil.copyfile(job.retrieval.file("history.json"), folder / "history.json")
 
     def _student(self, teacher: TextEncoder, cut: str) -> TextEncoder:
         """The smaller BERT, the same for cuts whose BERT is the same."""
@@ -457,10 +499,8 @@ class _Making:
         self, teacher: TextEncoder, structure: Mapping[str, int], prune: bool, cut: str
     ) -> TextEncoder:
         job, settings = self.job, teacher.settings
-        judged = set(job.judged.tolist())
-        texts = [
-            text for row, text in enumerate(job.dataset.catalog.texts) if text and row not in judged
-        ]
+        judged = {"", *(job.dataset.catalog.texts[row] for row in job.judged)}
+        texts = [text for text in job.dataset.catalog.texts if text not in judged]
         prepared = [
             *settings.prepared(list(dict.fromkeys(texts)), "passage"),
             *settings.prepared(
@@ -480,6 +520,7 @@ class _Making:
             self.config.tokens,
             job.config.seed,
             job.placement.replicas,
+            teacher.tokenizer.length,
         )
         rising = prune and self.config.prune_schedule == "polynomial"
         sizes = inputs_of(student, texts) if rising else {}
@@ -560,11 +601,12 @@ class _Making:
         if self._there(folder, "ranking", config, found.parents) is not None:
             return
         with writing(folder, kind="ranking", config=config, parents=found.parents) as draft:
-            draft.metrics |= found.metrics
-            for name in found.files:
+            draft.metrics["source"] = dict(found.metrics)
+            for name in found.files.keys() - {"history.json"}:
                 (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found.file(name), draft.path / name)
-            ranker = load_ranker(found, read_json(found.file("model.json")))
+            with self.job.placement.strategy.scope():
+                ranker = load_ranker(found, read_json(found.file("model.json")))
             if ranker is not None and kernels(ranker):
                 with disk_errors(folder):
                     self._prune_ranker(ranker, found)
@@ -573,7 +615,7 @@ class _Making:
     def _prune_ranker(self, ranker: Any, found: Artifact) -> None:
         """It learns, sparse, to say of candidates what it said of them dense."""
         recommender = recommender_of(self.job.dataset, self.job.retrieval, found, self.job.cuts[0])
-        asked = max(self.config.users // _CANDIDATES_AS_USERS, 1)
+        asked = min(max(self.config.users // _CANDIDATES_AS_USERS, 1), BLOCK)
         inputs, answers = _recorded(recommender, asked, self.job.config.seed)
         tasks = list(answers)
         told = np.stack([answers[task] for task in tasks], axis=-1)
@@ -621,11 +663,12 @@ class _Making:
             if sparsity is not None:
                 pruner = Pruner(kernels(student), sparsity, epochs * steps, inputs)
             model = distillation.Distiller(student, losses, parts, pruner)
-        one = self.config.model_copy(
-            update={"epochs": epochs, "batch_size": self.job.placement.replicas}
-        )
+        told = self.config.model_dump(include=set(TrainingConfig.model_fields))
+        told |= {"epochs": epochs, "batch_size": self.job.placement.replicas}
+        # No average of the weights: it would fill the zeros again.
+        one = TrainingConfig(**told, ema=0.0)
         return Trainer(model, one, self.job.placement).fit(
-            batches, work_dir=self.work / name, title=f"{self.plan.key}, {title}", epochs=epochs
+            batches, work_dir=self.work / name, title=f"{self.plan.key}, {title}"
         )
 
 
