@@ -136,14 +136,14 @@ def _time(value: float | None) -> str:
 def _findings(tree: Tree) -> list[str]:
     model, base = _chosen(tree), tree["models"][0]
     budget = _bounds(tree["budget"])
-    asked = " and ".join(f"at most {said}" for said in budget.values()) or "anything"
+    asked = f"within {' and '.join(budget.values())}" if budget else "of all"
     costs = _bounds(_costs(model))
     lines = []
     if not tree["misses"]:
         how = f"tfrec export {_path(tree, model)} --to BUNDLE"
         how += "" if model["settings"]["int8"] else " --no-int8"
         lines.append(
-            f"{model['key']} is the smallest of {asked}: {', '.join(costs.values())}; `{how}`"
+            f"{model['key']} is the smallest {asked}: {', '.join(costs.values())}; `{how}`"
         )
     before, now = base["times"], model["times"]
     if model is not base and "one_ms" in before:
@@ -239,9 +239,8 @@ def _table(tree: Tree) -> str:
             if share and "low" in share:
                 cells[place] += f"<small>{share['low']:.1%} to {share['high']:.1%}</small>"
             if name in model["metrics"]:
-                cells[place] += (
-                    f"<small>{_NAMES[name]} {model['metrics'][name]['mean']:.4f}</small>"
-                )
+                value = model["metrics"][name]["mean"]
+                cells[place] += f"<small>{_NAMES[name].partition(',')[0]} {value:.4f}</small>"
         cells[3] += f"<small>gzip {model['sizes']['text_gzip'] / 1e6:.1f}</small>"
         name = f'<i class=dot style="background:{_colour(tree, model)}"></i>{escape(_title(model))}'
         rows.append(([name, *cells], "ours" if model["key"] == tree["chosen"] else ""))
@@ -277,26 +276,27 @@ def _trade(tree: Tree) -> Figure:
     )
     kept = tree["models"][0]["kept"]
     metric = NEW if kept.get(NEW, {}).get("mean") else KNOWN
+    shown = [model for model in tree["models"] if model["kept"][metric]["mean"] is not None]
+    least = min(model["kept"][metric]["mean"] for model in shown)
     for axis, (title, across) in zip(axes, sides, strict=True):
-        for model in tree["models"]:
+        for place, model in enumerate(sorted(shown, key=across)):
             share, x = model["kept"][metric], across(model)
-            colour = _colour(tree, model)
             if "low" in share:
                 axis.plot([x, x], [share["low"], share["high"]], color=INK, lw=1, alpha=0.5)
-            axis.scatter(x, share["mean"], s=70, color=colour, zorder=3)
+            axis.scatter(x, share["mean"], s=70, color=_colour(tree, model), zorder=3)
             axis.annotate(
                 model["key"],
                 (x, share["mean"]),
-                xytext=(7, 5),
+                xytext=(7, -12 if place % 2 else 6),  # neighbours' names stand apart
                 textcoords="offset points",
                 fontsize=8,
             )
         loss = tree["budget"]["loss"]
-        if loss is not None:
+        if loss is not None and 1 - loss > least - 0.2:
             axis.axhline(1 - loss, color=GRID, lw=1, ls="--")
-        axis.set_xscale("log")
         axis.set_xlabel(title)
         axis.margins(0.2)
+        axis.set_xlim(left=0)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes[0].set_title(f"kept of {_NAMES[metric]}, by size")
     axes[1].set_title(f"kept of {_NAMES[metric]}, by time")
