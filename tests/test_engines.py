@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from safetensors.numpy import load_file, save_file
+from text_models import text_model
 from tiny_bert import write_tiny_bert
 from toys import make_interactions, small_config
 
 from tfrec.config import RankingConfig, TuningConfig
 from tfrec.data.sequences import EventCoding, Histories
-from tfrec.engines import LiteRTEngine, LiteRTModel, TextModel
+from tfrec.engines import LiteRTEngine, LiteRTModel
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.models import litert
 from tfrec.models.bert import tensors
@@ -31,14 +32,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 TEXTS = [
     f"{a} {b} ({n})" for n, a in enumerate(SOME) for b in ("war", "of the ship", "caf\u00e9" * 9)
 ]
-
-
-def text_model(folder, encoder, int8=False, calibration=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.tflite").write_bytes(litert.text_model(encoder, int8, calibration))
-    encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
-    encoder.tokenizer.save(folder / "tokenizer.json")
-    return TextModel(folder, threads=1)
 
 
 @pytest.fixture(scope="module")

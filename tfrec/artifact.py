@@ -147,11 +147,7 @@ def writing(
         try:
             draft = Draft(partial)
             yield draft
-            lineage = {
-                role: parent if isinstance(parent, str) else parent.digest
-                for role, parent in (parents or {}).items()
-            }
-            _write_manifest(partial, kind, config, lineage, draft.metrics)
+            _write_manifest(partial, kind, config, _lineage(parents), draft.metrics)
             _swap(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -183,11 +179,12 @@ def content_digest(
 
 
 def recipe_digest(
-    kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact] | None = None
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Artifact | str] | None = None,
 ) -> str:
     """SHA-256 of what an artifact is to be made from: equal recipe, no need to make it again."""
-    lineage = {role: parent.digest for role, parent in (parents or {}).items()}
-    content = {"kind": kind, "config": config, "parents": lineage}
+    content = {"kind": kind, "config": config, "parents": _lineage(parents)}
     return hashlib.sha256(_canonical(content)).hexdigest()
 
 
@@ -196,16 +193,23 @@ def current(
     *,
     kind: str,
     config: Mapping[str, Any],
-    parents: Mapping[str, Artifact] | None = None,
+    parents: Mapping[str, Artifact | str] | None = None,
 ) -> Artifact | None:
     """The finished artifact at ``path`` if it was made by this very recipe, else None."""
     try:
         found = Artifact.load(path, kind)
     except ArtifactError:
         return None
-    lineage = {role: parent.digest for role, parent in (parents or {}).items()}
     same = _canonical(dict(found.config)) == _canonical(dict(config))
-    return found if same and dict(found.parents) == lineage else None
+    return found if same and dict(found.parents) == _lineage(parents) else None
+
+
+def _lineage(parents: Mapping[str, Artifact | str] | None) -> dict[str, str]:
+    """Role -> digest."""
+    return {
+        role: parent if isinstance(parent, str) else parent.digest
+        for role, parent in (parents or {}).items()
+    }
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from text_models import text_model
 from tiny_bert import write_tiny_bert
 
 from tfrec.config import TuningConfig
-from tfrec.engines import TextModel
 from tfrec.errors import ConfigError, InputError
-from tfrec.models import litert
 from tfrec.models import smaller as module
 from tfrec.models.bert import heads_of
 from tfrec.models.keras_bridge import tf
@@ -229,14 +228,6 @@ def test_max_pooling_cannot_be_followed_by_a_projection(folder):
     encoder.settings = replace(encoder.settings, pooling="max")
     with pytest.raises(ConfigError, match="none can follow max pooling"):
         smaller(encoder, TEXTS, width=16)
-
-
-def text_model(folder, encoder, int8=False, calibration=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.tflite").write_bytes(litert.text_model(encoder, int8, calibration))
-    encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
-    encoder.tokenizer.save(folder / "tokenizer.json")
-    return TextModel(folder, threads=1)
 
 
 class TestSparse:

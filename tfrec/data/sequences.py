@@ -113,30 +113,21 @@ class Histories:
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Histories:
         """The histories of the given rows, in their order."""
         starts = self.offsets[:-1][rows]
-        lengths = self.offsets[1:][rows] - starts
-        index = _ranges(starts, lengths)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Histories(
-            offsets,
-            self.item[index],
-            self.event[index],
-            self.rating[index],
-            self.timestamp[index],
-        )
+        return self._spans(starts, self.offsets[1:][rows] - starts)
 
     def last(self, count: int) -> Histories:
         """Each history cut to its last ``count`` events."""
         lengths = np.minimum(np.diff(self.offsets), count)
-        index = _ranges(self.offsets[1:] - lengths, lengths)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Histories(
-            offsets, self.item[index], self.event[index], self.rating[index], self.timestamp[index]
-        )
+        return self._spans(self.offsets[1:] - lengths, lengths)
 
     def first(self, counts: NDArray[np.int64]) -> Histories:
         """Each history cut to its first events, of which ``counts`` (batch,) says how many."""
-        index = _ranges(self.offsets[:-1], counts)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return self._spans(self.offsets[:-1], counts)
+
+    def _spans(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
+        """A history of so many events from each of the places on."""
+        index = _ranges(starts, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(
             offsets, self.item[index], self.event[index], self.rating[index], self.timestamp[index]
         )

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 import tfrec
 from tfrec import bundle
-from tfrec.artifact import MANIFEST, Artifact, alone, recipe_digest, write_json, writing
+from tfrec.artifact import MANIFEST, Artifact, alone, current, recipe_digest, write_json, writing
 from tfrec.bundle import CONTENT
 from tfrec.config import CompressConfig, Config, TrainingConfig
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.data.sequences import Histories, query_inputs
 from tfrec.distribution import Placement, place
-from tfrec.errors import ArtifactError, ConfigError, InputError
+from tfrec.errors import ConfigError, InputError
 from tfrec.models import bundling, distillation
 from tfrec.models.bert import heads_of
 from tfrec.models.engine import (
@@ -195,7 +195,7 @@ class _Job:
         if not len(dataset.interactions.part(TEST)):
             raise InputError(
                 f"{source} has no test events to judge smaller models by; set data.split to "
-                "leave_one_out, time, item_cold or user_cold, and run again"
+                "leave_one_out, time or item_cold, and run again"
             )
         split = parents["dataset"].config.get("data", {}).get("split", config.data.split)
         if split == "user_cold":
@@ -404,7 +404,7 @@ class _Making:
     def run(self) -> Path:
         retrieval = self.out / "adapt" / "retrieval"
         config = {**merged_config(self.job.retrieval), **self.recipe}
-        if self._there(retrieval, "retrieval", config, self.parents) is None:
+        if current(retrieval, kind="retrieval", config=config, parents=self.parents) is None:
             self._link()
             began = time.monotonic()
             set_seed(self.job.config.seed)
@@ -417,16 +417,6 @@ class _Making:
             self._ranking(self.job.parents["ranking"], self.out / "adapt" / "ranking")
         discard(self.work.parent)
         return self.out
-
-    def _there(
-        self, folder: Path, kind: str, config: Mapping[str, Any], parents: Mapping[str, str]
-    ) -> Artifact | None:
-        try:
-            found = Artifact.load(folder, kind)
-        except ArtifactError:
-            return None
-        same = dict(found.config) == dict(config) and dict(found.parents) == dict(parents)
-        return found if same else None
 
     def _link(self) -> None:
         """The dataset is that of the run."""
@@ -461,23 +451,23 @@ class _Making:
                 tuned = two_tower.encoder or f"{cut}/text/config.json" in job.retrieval.files
                 if not tuned and any(job.dataset.users.texts):
                     profile = encoded(student, job.dataset.users, "query")
-                if student.digest() != first:
+                digest = student.digest()
+                if digest != first:
                     where = folder / cut if first else folder
                     student.save(where / "text")
                     np.save(where / "text.npy", text)
-                first = first or student.digest()
+                first = first or digest
             vectors = read_array(job.retrieval.file(f"{cut}/vectors.npy"))
             known = _with_ids(two_tower, old_text, features, vectors)
-            towers = two_tower
             if self.config.prune and "towers" in self.config.parts:
-                self._prune_towers(towers, cut, old_text, text, profile, vectors, known)
-            new = towers.encode_candidate(text, features, known)
+                self._prune_towers(two_tower, cut, old_text, text, profile, vectors, known)
+            new = two_tower.encode_candidate(text, features, known)
             new[0] = 0
             np.save(folder / cut / "vectors.npy", new)
             inner = set()
             if two_tower.encoder is not None:
                 inner = {id(v) for v in named_variables(two_tower.encoder).values()}
-            weights = {n: v for n, v in named_variables(towers).items() if id(v) not in inner}
+            weights = {n: v for n, v in named_variables(two_tower).items() if id(v) not in inner}
             save(folder / cut / WEIGHTS, weights)
         if not card.text_width:
             np.save(folder / "text.npy", text)
@@ -598,7 +588,7 @@ class _Making:
         if folder.is_symlink():
             folder.unlink()
         config = {**found.config, **self.recipe}
-        if self._there(folder, "ranking", config, found.parents) is not None:
+        if current(folder, kind="ranking", config=config, parents=found.parents) is not None:
             return
         with writing(folder, kind="ranking", config=config, parents=found.parents) as draft:
             draft.metrics["source"] = dict(found.metrics)
