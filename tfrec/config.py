@@ -618,6 +618,90 @@ def _wrong_with(told: Any) -> str:
     return ""
 
 
+class StepsConfig(Section):
+    """How a served list is made: `policy.toml` of a bundle, or the defaults."""
+
+    sources: list[str] = Field(
+        default_factory=lambda: ["behaviour", "text", "popular", "new"],
+        description="what finds candidates, by name",
+    )
+    filters: list[str] = Field(
+        default_factory=lambda: ["seen", "hidden"], description="what leaves items out, by name"
+    )
+    rerank: list[str] = Field(
+        default_factory=lambda: ["freshness", "diversity", "caps", "exploration"],
+        description="what orders the best of the ranked, by name, one after another",
+    )
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="modules of yours that are imported first and register steps of their own",
+    )
+    retrieve: int = Field(500, ge=1, le=10_000, description="candidates that all sources give")
+    rank: int = Field(200, ge=1, le=10_000, description="of them, those that the ranker reads")
+    keep: int = Field(50, ge=1, le=10_000, description="of them, those that are re-ranked")
+    diversity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="where a request says nothing: 0 relevance alone, 1 all variety",
+    )
+    seen: list[str] = Field(
+        default_factory=list,
+        description="types of events after which an item does not come again; empty: all",
+    )
+    caps: dict[str, int] = Field(
+        default_factory=dict, description="attribute -> most items of a list with the same value"
+    )
+    freshness: float = Field(
+        0.0, ge=0, description="most that a new item's score gains, in spreads of the list's scores"
+    )
+    half_life_days: float = Field(7.0, gt=0, description="age at which half of that is left")
+    exploration: float = Field(
+        0.0, ge=0, le=1, description="share of places that are drawn at random among candidates"
+    )
+    blocked: dict[str, list[str]] = Field(
+        default_factory=dict, description="attribute -> values that are never recommended"
+    )
+
+
+class ServeConfig(Section):
+    """The server: where it listens, what it keeps, and what it refuses."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="0: any that is free")
+    state: str = Field(
+        "", description="a folder (SQLite) or redis://HOST:PORT/DB; empty: BUNDLE.state"
+    )
+    synchronous: Literal["full", "normal"] = Field(
+        "full", description="full: an acknowledged event survives a power cut; normal: a kill"
+    )
+    engine: str = Field(
+        "litert", description="what runs the models: `litert`, or tf-serving://HOST:PORT"
+    )
+    engine_timeout: float = Field(0.25, gt=0, description="seconds for an answer of that engine")
+    threads: int = Field(0, ge=0, description="that compute; 0: one for each core")
+    batch: int = Field(16, ge=1, le=512, description="most requests that are answered together")
+    deadline: float = Field(2.0, gt=0, description="seconds after which a request is given up")
+    queue: int = Field(1024, ge=1, description="requests that wait at most; more are refused")
+    watch: float = Field(
+        2.0, ge=0, description="seconds between looks for a new version; 0: never looks"
+    )
+    max_body: int = Field(1 << 20, ge=1024, description="bytes of a request, imports excepted")
+    max_import: int = Field(1 << 28, ge=1024, description="bytes of an import")
+    max_k: int = Field(500, ge=1, description="most items of an answer")
+    max_ids: int = Field(10_000, ge=1, description="most ids in a list of a request")
+    max_text: int = Field(10_000, ge=1, description="most characters of a text")
+    max_bulk: int = Field(10_000, ge=1, description="most events or items of a request")
+    rate: float = Field(
+        0.0, ge=0, description="requests a second of one key or address; 0: 50, none on loopback"
+    )
+    keys: str = Field("", description="file of API keys; empty: keys.json beside the state")
+    exposures: bool = Field(True, description="whether what was shown is logged")
+    exposure_rows: int = Field(100_000, ge=1, description="rows of a file of that log")
+    exposure_seconds: float = Field(300.0, gt=0, description="after which a file is closed")
+    log_salt: str = Field("", description="mixed into hashed user ids; empty: drawn once, kept")
+
+
 class Config(Section):
     """Everything a run is told, from raw files to recommendations."""
 
@@ -629,6 +713,8 @@ class Config(Section):
     compress: CompressConfig = CompressConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    serve: ServeConfig = ServeConfig()
+    steps: StepsConfig = StepsConfig()
     tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@
      ├── ConfigError       2   a configuration key or value is wrong
      ├── ArtifactError     2   an artifact is missing, unfinished, foreign, or its bytes changed
      └── SetupError        3   the machine lacks something: network, disk, an extra, a device
+          └── StateError   3   the store of a server's state cannot be reached or written
 
 Every message is one line that names the thing, the value received and what to do. Any other
 exception is a bug of ours (exit code 1); an interrupt by the user ends with 130.
@@ -36,3 +37,7 @@ class SetupError(TfrecError):
     """The machine lacks what the command needs: network, disk space, an installed extra."""
 
     exit_code = 3
+
+
+class StateError(SetupError):
+    """The store of a server's state cannot be reached or written."""

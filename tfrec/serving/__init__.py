@@ -1,0 +1,1 @@
+"""serving: runs a bundle. Nothing here imports TensorFlow, directly or through anything."""
