@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from tfrec.serving.state import Event, Item, State
 from tfrec.serving.versions import Version, Versions
 
 T = TypeVar("T")
+Span = tuple[str, float, float]
 _BULK = 64
 
 
@@ -61,24 +62,24 @@ class Answer:
     Attributes:
       lists: See :func:`tfrec.serving.asking.answers`.
       version: What answered.
-      stages: Stage -> seconds.
+      spans: Stage, begin and end, by ``time.perf_counter``.
     """
 
     lists: dict[str, Listed]
     version: Version
-    stages: Mapping[str, float]
+    spans: Sequence[Span]
 
 
-@dataclass
 class _Stages:
-    """Seconds of each stage since the last one ended."""
+    """Notes each stage from the end of the one before."""
 
-    last: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.spans: list[Span] = []
 
     def __call__(self, stage: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.spans.append((stage, self.last, now))
         self.last = now
 
 
@@ -221,7 +222,7 @@ class Service:
         except Exception as error:  # noqa: BLE001 - told to who waits
             _tell(jobs, [error] * len(jobs))
             return
-        state = time.perf_counter() - started
+        known = time.perf_counter()
         groups: dict[str, tuple[Version, list[int]]] = {}
         for place, ask in enumerate(asks):
             version = self.versions.of(ask.body.user_id or ask.request_id)
@@ -231,9 +232,9 @@ class Service:
             results: list[Any] = []
             for place, one in zip(places, found, strict=True):
                 if isinstance(one, Answer):
-                    wait = started - jobs[place].came
-                    stages = {"wait": wait, "state": state, **one.stages}
-                    one = Answer(one.lists, one.version, stages)
+                    waited: Span = ("wait", jobs[place].came, started)
+                    spans = [waited, ("state", started, known), *one.spans]
+                    one = Answer(one.lists, one.version, spans)
                 results.append(one)
             _tell([jobs[p] for p in places], results)
 
@@ -247,7 +248,7 @@ class Service:
                 return [error]
             # One bad request must not fail those that happened to be answered with it.
             return [one for ask in asks for one in self._answers(version, [ask])]
-        return [Answer(found, version, stages.seconds) for found in lists]
+        return [Answer(found, version, stages.spans) for found in lists]
 
     def _known(self, asks: Sequence[Ask]) -> list[Ask]:
         users = list(dict.fromkeys(ask.body.user_id for ask in asks if ask.body.user_id))
@@ -283,7 +284,7 @@ class Service:
             found = find(version, request, ask)
             lists = {"items": asking.listed(ask, found, version.chain, asking._PLAIN)}
             stages("retrieve")
-            return Answer(lists, version, stages.seconds)
+            return Answer(lists, version, stages.spans)
 
         return self.call(work)
 

@@ -270,6 +270,15 @@ def _manifest(bundle: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def check(bundle: Path) -> None:
+    """Refuses what is no bundle with a version to serve, before anything is made beside it.
+
+    Raises:
+      ArtifactError: there is none.
+    """
+    Bundle.load(bundle, check=False)
+
+
 def state_folder(bundle: str | os.PathLike[str]) -> Path:
     """Where the state lies unless it is said: beside the bundle."""
     path = Path(bundle)
