@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import tfrec
-from tfrec.errors import InputError, TfrecError
+from tfrec.errors import InputError, SetupError, TfrecError
 
 if TYPE_CHECKING:
     from tfrec.config import Config
@@ -649,8 +649,8 @@ def _add_serve(verbs: Verbs) -> None:
     verb = verbs.add_parser(
         "serve",
         help=purpose,
-        description="Answer requests with a bundle, learn from each event at once, and show a page. "
-        "Prints the address when it is ready; ends after SIGTERM or Ctrl-C, once what is under way "
+        description="Answer requests with a bundle, learn from each event at once, and show a "
+        "page. Prints the address when it is ready; ends after SIGTERM or Ctrl-C, once what is under way "
         "is answered.",
         epilog=_examples(
             ("on this machine alone", "tfrec serve bundles/movielens"),
@@ -677,7 +677,14 @@ def _add_serve(verbs: Verbs) -> None:
     verb.add_argument(
         "--engine", metavar="ADDRESS", help="litert, or tf-serving://HOST:PORT (litert)"
     )
-    _add_set(verb)
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, e.g. serve.exposures=false; may be repeated",
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -688,7 +695,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         for name in ("host", "port", "state", "engine")
         if (value := getattr(arguments, name)) is not None
     ]
-    settings = Config.load("files", [*arguments.set, *told]).serve
+    settings = Config.load("files", [*arguments.settings, *told]).serve
     try:
         from tfrec.serving.server import serve
     except ModuleNotFoundError as error:

@@ -206,7 +206,9 @@ class App:
     def _k(self, request: Request) -> int:
         told = request.query_params.get("k", "10")
         if not told.isascii() or not told.isdigit() or len(told) > 9 or not int(told):
-            raise RefusedError("unprocessable", f"k is a whole number from 1, not '{told[:40]}'", "k")
+            raise RefusedError(
+                "unprocessable", f"k is a whole number from 1, not '{told[:40]}'", "k"
+            )
         self._within("k", int(told), self.settings.max_k)
         return int(told)
 
@@ -385,7 +387,9 @@ class App:
         known = {one["version"] for one in self.service.versions.told()}
         if name not in known:
             there = ", ".join(sorted(known))
-            raise RefusedError("not_found", f"there is no version '{name[:40]}'; there are: {there}")
+            raise RefusedError(
+                "not_found", f"there is no version '{name[:40]}'; there are: {there}"
+            )
         try:
             await self._blocking(lambda: self.service.activate(name, body.share))
         except SetupError:
@@ -560,7 +564,8 @@ def _earlier(version: Version, row: int) -> list[dict[str, Any]]:
 def _some_users(
     version: Version, wanted: str, limit: int, forgotten: Callable[[Sequence[str]], set[str]]
 ) -> list[dict[str, Any]]:
-    chain, out = version.chain, []
+    chain = version.chain
+    out: list[dict[str, Any]] = []
     counts = chain.interactions.offsets
     for row, user_id in enumerate(chain.users.ids):
         if len(out) == limit:
@@ -570,7 +575,7 @@ def _some_users(
             continue
         events = int(counts[row + 1] - counts[row])
         out.append({"user_id": user_id, "events": events, "profile": profile})
-    gone = forgotten([one["user_id"] for one in out])
+    gone = forgotten([str(one["user_id"]) for one in out])
     return [one for one in out if one["user_id"] not in gone]
 
 
@@ -735,7 +740,14 @@ def _described(
         queries = {"limit": {"type": "integer", "minimum": 1, "default": 50},
                    "q": {"type": "string", "maxLength": 512}}  # fmt: skip
     for name, wanted in queries.items():
-        parameters.append({"name": name, "in": "query", "required": name == "q" and path == "/v1/search", "schema": wanted})
+        parameters.append(
+            {
+                "name": name,
+                "in": "query",
+                "required": name == "q" and path == "/v1/search",
+                "schema": wanted,
+            }
+        )
     if parameters:
         told["parameters"] = parameters
     good: dict[str, Any] = {"description": "done", "content": {"application/json": {}}}

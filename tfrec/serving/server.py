@@ -30,7 +30,7 @@ from tfrec.serving.telemetry import Observer, Telemetry
 _log = logging.getLogger("tfrec.serving")
 
 RATE = 50.0
-"""Requests a second of one key or address, where the server listens to others and nothing is said."""
+"""Requests a second of one key or address, where others can ask and nothing else is said."""
 
 _GRACE = 20  # seconds for requests that are under way when the server is told to end
 
@@ -163,7 +163,7 @@ def _keys(place: Place, settings: ServeConfig, loopback: bool) -> Keys | None:
         return None
     path = Path(settings.keys) if settings.keys else place.folder / "keys.json"
     keys = Keys(path)
-    if not keys.list():
+    if not keys.listing():
         raise ConfigError(
             f"serve.host = '{settings.host}' lets others in, and {path} holds no API key; make one "
             f"with: tfrec keys create --role admin --file {path}"

@@ -51,6 +51,9 @@ class RedisServer:
                     return
         raise TimeoutError(f"redis-server on port {self.port} does not answer")
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
