@@ -650,8 +650,8 @@ def _add_serve(verbs: Verbs) -> None:
         "serve",
         help=purpose,
         description="Answer requests with a bundle, learn from each event at once, and show a "
-        "page. Prints the address when it is ready; ends after SIGTERM or Ctrl-C, once what is under way "
-        "is answered.",
+        "page. Prints the address when it is ready; ends after SIGTERM or Ctrl-C, once what is "
+        "under way is answered.",
         epilog=_examples(
             ("on this machine alone", "tfrec serve bundles/movielens"),
             (
