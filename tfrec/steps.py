@@ -316,7 +316,8 @@ class Caps:
             return slate
         columns = [(slate.values(column), most) for column, most in settings.caps.items()]
         counts: list[Counter[str]] = [Counter() for _ in columns]
-        first, late = [], []
+        first: list[int] = []
+        late: list[int] = []
         for place in range(len(slate)):
             values = [set(column[place]) for column, _ in columns]
             full = any(

@@ -18,6 +18,7 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
+from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 
 import tfrec
@@ -77,7 +78,7 @@ class App:
     ) -> None:
         self.service, self.settings = service, settings
         self.telemetry, self.exposures = telemetry, exposures
-        self.started = time.time()
+        self.started = time.monotonic()
 
     # --- recommendations -------------------------------------------------------------------------
 
@@ -204,12 +205,15 @@ class App:
             raise RefusedError("unprocessable", f"{name} is {value}{of}; at most {most}{of}", name)
 
     def _k(self, request: Request) -> int:
-        told = request.query_params.get("k", "10")
+        k = self._number(request, "k", "10")
+        self._within("k", k, self.settings.max_k)
+        return k
+
+    def _number(self, request: Request, name: str, default: str) -> int:
+        told = request.query_params.get(name, default)
         if not told.isascii() or not told.isdigit() or len(told) > 9 or not int(told):
-            raise RefusedError(
-                "unprocessable", f"k is a whole number from 1, not '{told[:40]}'", "k"
-            )
-        self._within("k", int(told), self.settings.max_k)
+            message = f"{name} is a whole number from 1, not '{told[:40]}'"
+            raise RefusedError("unprocessable", message, name)
         return int(told)
 
     # --- events and users ------------------------------------------------------------------------
@@ -218,6 +222,8 @@ class App:
         """Takes in what people did."""
         raw = await request.body()
         text = raw.lstrip()
+        if not text:
+            raise RefusedError("bad_request", "the body is empty; send an event or a list of them")
         many = text[:1] == b"["
         try:
             found = _EVENTS.validate_json(text if many else b"[" + text + b"]")
@@ -265,8 +271,7 @@ class App:
 
     async def users(self, request: Request) -> Response:
         """Some of those who are known, for a page to pick from."""
-        told = request.query_params.get("limit", "50")
-        limit = min(int(told), 1000) if told.isascii() and told.isdigit() and len(told) < 9 else 50
+        limit = min(self._number(request, "limit", "50"), 1000)
         wanted = _text(request, "q", 512).casefold()
 
         def work() -> list[dict[str, Any]]:
@@ -284,7 +289,7 @@ class App:
 
     async def put_item(self, request: Request) -> Response:
         """Adds or changes an item, which can be recommended when the answer comes."""
-        item_id = _path_id(request, "item_id")
+        item_id = _changed_id(request)
         body = await self._body(request, schemas.ItemBody)
         item = self._item(item_id, body)
         new = not await self._model(lambda: self._there(item_id))
@@ -295,7 +300,7 @@ class App:
 
     async def delete_item(self, request: Request) -> Response:
         """Takes an item out."""
-        item_id = _path_id(request, "item_id")
+        item_id = _changed_id(request)
         if not await asyncio.wrap_future(self.service.delete_item(item_id)):
             raise RefusedError("not_found", f"there is no item '{item_id[:80]}'")
         self._resized()
@@ -423,7 +428,7 @@ class App:
         def work() -> dict[str, Any]:
             kind = "redis" if self.settings.state.startswith("redis") else "sqlite"
             return {
-                "uptime": time.time() - self.started,
+                "uptime": time.monotonic() - self.started,
                 "memory_mb": round(_memory() / 1e6, 1),
                 "versions": self.service.versions.told(),
                 "state": {**self.service.state.counts(), "kind": kind},
@@ -506,6 +511,12 @@ def _path_id(request: Request, name: str) -> str:
     if not found or len(found) > 512 or "\0" in found:
         raise RefusedError("unprocessable", f"{name} has 1 to 512 characters", name)
     return found
+
+
+def _changed_id(request: Request) -> str:
+    if request.path_params["item_id"].endswith("/similar"):  # which can be asked for alone
+        raise HTTPException(405)
+    return _path_id(request, "item_id")
 
 
 def _known_row(version: Version, item_id: str) -> int:
@@ -652,7 +663,7 @@ def create_app(
             path, handler, methods=[method], response_model=None,
             openapi_extra=_described(path, method, body, answer),
         )  # fmt: skip
-    described = _openapi(app)
+    described = _openapi(app, settings)
 
     async def openapi(request: Request) -> Response:
         return Response(json.dumps(described), media_type="application/json")
@@ -707,6 +718,8 @@ def _errors(app: FastAPI) -> None:
         found = answer(request, _NAMES.get(error.status_code, "bad_request"), str(error.detail))
         if error.headers:
             found.headers.update(error.headers)
+        if error.status_code == 405:
+            found.headers["allow"] = _allowed(app, request)
         return found
 
     for kind, handler in (
@@ -714,6 +727,17 @@ def _errors(app: FastAPI) -> None:
         (TimeoutError, late), (BusyError, busy), (ClosingError, closing), (HTTPException, other),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of a path, which are on as many routes; the router tells of the first alone."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            if route.path.endswith("/similar"):
+                return "GET"
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _described(
@@ -729,23 +753,23 @@ def _described(
         if body is schemas.ImportedItem:
             kind, schema = "application/x-ndjson", {"type": "string"}
         told["requestBody"] = {
-            "required": body is not schemas.ActivateBody,
+            "required": body not in (schemas.ActivateBody, schemas.ImportedItem),
             "content": {kind: {"schema": schema}},
         }
     parameters = []
     for name in ("item_id", "user_id", "version"):
         if "{" + name in path:
-            wanted = {"type": "string", "minLength": 1, "maxLength": 512}
+            wanted = {"type": "string", "maxLength": 512, "pattern": r"^[^\u0000]+$"}
             parameters.append({"name": name, "in": "path", "required": True, "schema": wanted})
     queries: dict[str, dict[str, Any]] = {}
     if path in ("/v1/search", "/v1/popular") or path.endswith("/similar"):
         queries = {"k": {"type": "integer", "minimum": 1, "default": 10},
                    "user_id": {"type": "string", "maxLength": 512}}  # fmt: skip
     if path == "/v1/search":
-        queries["q"] = {"type": "string", "minLength": 1}
+        queries["q"] = {"type": "string", "pattern": r"\S"}
     if path == "/v1/users":
-        queries = {"limit": {"type": "integer", "minimum": 1, "default": 50},
-                   "q": {"type": "string", "maxLength": 512}}  # fmt: skip
+        number = {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": 50}
+        queries = {"limit": number, "q": {"type": "string", "maxLength": 512}}
     for name, wanted in queries.items():
         parameters.append(
             {
@@ -775,7 +799,30 @@ def _described(
     return told
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _limited(described: dict[str, Any], limits: ServeConfig) -> None:
+    """Writes this server's limits into its description."""
+    known = described["components"]["schemas"]
+    for name in ("RecommendBody", "ShelvesBody"):
+        columns = known[name]["properties"]
+        columns["k"]["maximum"] = limits.max_k
+        columns["profile"]["anyOf"][0]["maxLength"] = limits.max_text
+        for column in ("history", "exclude", "include"):
+            columns[column]["maxItems"] = limits.max_ids
+    for name in ("ItemBody", "ImportedItem"):
+        for column in ("title", "text"):
+            known[name]["properties"][column]["maxLength"] = limits.max_text
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "k":
+                    parameter["schema"]["maximum"] = limits.max_k
+                if parameter["name"] == "q" and path == "/v1/search":
+                    parameter["schema"]["maxLength"] = limits.max_text
+    events = described["paths"]["/v1/events"]["post"]["requestBody"]["content"]
+    events["application/json"]["schema"]["anyOf"][1]["maxItems"] = limits.max_bulk
+
+
+def _openapi(app: FastAPI, limits: ServeConfig) -> dict[str, Any]:
     described = get_openapi(title=app.title, version=app.version, routes=app.routes)
     models = (
         RecommendBody, ShelvesBody, schemas.EventBody, schemas.ItemBody, schemas.ImportedItem,
@@ -788,4 +835,5 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     for operations in described["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+    _limited(described, limits)
     return described
