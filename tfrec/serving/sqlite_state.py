@@ -1,6 +1,6 @@
 """SqliteState: the state of one server in a folder, by SQLite with a write-ahead log.
 
-Writes go through one thread, and those that wait at the same time share a transaction. Reads run
+Writes come one after another, and those that wait at the same time share a transaction. Reads run
 beside them, from as many threads as like. An acknowledged event survives a kill of the process;
 with ``synchronous="full"`` a power cut as well, if the disk keeps what it says it has written.
 """
