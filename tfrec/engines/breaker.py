@@ -111,7 +111,7 @@ class Breaker:
 
     def _count(self, **more: int) -> None:
         sums = {name: getattr(self._status, name) + count for name, count in more.items()}
-        self._status = replace(self._status, **sums)  # type: ignore[arg-type]
+        self._status = replace(self._status, **sums)
 
     def _away(self, reason: str, gone: bool) -> bool:
         here = self._status.since is None

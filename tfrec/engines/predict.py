@@ -44,11 +44,11 @@ _SPEC = ".tensorflow.serving.ModelSpec"
 
 
 def _one(name: str, number: int, kind: Any, message: str = "") -> Any:
-    return _Field(name=name, number=number, type=kind, type_name=message, label=1)
+    return _Field(name=name, number=number, type=kind, type_name=message or None, label=1)
 
 
 def _many(name: str, number: int, kind: Any, message: str = "") -> Any:
-    return _Field(name=name, number=number, type=kind, type_name=message, label=3)
+    return _Field(name=name, number=number, type=kind, type_name=message or None, label=3)
 
 
 def _message(name: str, *fields: Any, **more: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.bundle import ARRAYS, SERVING, Bundle
-from tfrec.data.tokens import packed, padded
+from tfrec.data.tokens import Role, packed, padded
 from tfrec.engines import predict
 from tfrec.engines.breaker import Breaker, Status
 from tfrec.engines.litert import Model, ModelsEngine
@@ -219,7 +219,7 @@ class TfServingEngine(ModelsEngine):
         if _TEXT not in self._signatures:
             return super().encode_text(texts, query)
         reader, distinct = self._text_model(), list(dict.fromkeys(texts))
-        role = "query" if query else "passage"
+        role: Role = "query" if query else "passage"
         rows = list(reader.tokenizer.ids(reader.settings.prepared(distinct, role)))
         found = np.zeros((len(rows), reader.width), np.float32)
         for batch, _ in packed(rows, _TOKENS):
