@@ -71,9 +71,18 @@ class Artifact:
           ArtifactError: there is no finished artifact of this kind, or a file was changed.
         """
         found = cls.peek(path, kind)
-        for name, entry in found.files.items():
-            _check_file(found.path / name, entry)
+        found.check()
         return found
+
+    def check(self, without: tuple[str, ...] = ()) -> None:
+        """Checks the digest of every file, or of those whose names begin otherwise.
+
+        Raises:
+          ArtifactError: a file is missing or was changed.
+        """
+        for name, entry in self.files.items():
+            if not name.startswith(without):
+                _check_file(self.path / name, entry)
 
     @classmethod
     def peek(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
@@ -218,14 +227,19 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = False) -> None:
     """Writes JSON so that the file is either the old one or the whole new one."""
     text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", private=private)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
     """Writes UTF-8 text so that the file is either the old one or the whole new one.
+
+    Args:
+      path: Where it will be.
+      text: What it will hold.
+      private: Whether nobody but its owner may ever read it.
 
     Raises:
       SetupError: the disk is full or cannot be written.
@@ -234,6 +248,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(target):
         with open(partial, "w", encoding="utf-8", newline="") as stream:
+            if private:
+                os.fchmod(stream.fileno(), 0o600)
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

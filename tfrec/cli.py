@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import tfrec
-from tfrec.errors import InputError, TfrecError
+from tfrec.errors import InputError, SetupError, TfrecError
 
 if TYPE_CHECKING:
     from tfrec.config import Config
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compress(verbs)
     _add_export(verbs)
     _add_verify(verbs)
+    _add_serve(verbs)
     _add_recommend(verbs)
     _add_encode(verbs)
     _add_data(verbs)
@@ -638,6 +639,70 @@ def _verify(arguments: argparse.Namespace) -> int:
     bad = sum(not finding.ok for finding in found)
     print(f"{len(found) - bad} of {len(found)} hold" if bad else "every digest and answer holds")
     return BAD_INPUT if bad else DONE
+
+
+# --- serve ---------------------------------------------------------------------------------------
+
+
+def _add_serve(verbs: Verbs) -> None:
+    purpose = "run a bundle: recommendations by HTTP, and a page"
+    verb = verbs.add_parser(
+        "serve",
+        help=purpose,
+        description="Answer requests with a bundle, learn from each event at once, and show a "
+        "page. Prints the address when it is ready; ends after SIGTERM or Ctrl-C, once what is "
+        "under way is answered.",
+        epilog=_examples(
+            ("on this machine alone", "tfrec serve bundles/movielens"),
+            (
+                "for others, who need a key",
+                "tfrec serve bundles/movielens --host 0.0.0.0 --port 80 --state /var/lib/tfrec",
+            ),
+            (
+                "several servers with one Redis",
+                "tfrec serve bundles/movielens --state redis://localhost:6379/0",
+            ),
+        )
+        + "\nkeys of --set: serve.* in docs/configuration.md",
+    )
+    verb.set_defaults(handler=_serve)
+    verb.add_argument("folder", metavar="BUNDLE", type=Path, help="the bundle")
+    verb.add_argument("--host", help="address to listen on (127.0.0.1: this machine alone)")
+    verb.add_argument("--port", help="port to listen on; 0: any that is free (8080)")
+    verb.add_argument(
+        "--state",
+        metavar="DIR",
+        help="folder for events and items, or redis://HOST:PORT/DB (BUNDLE.state)",
+    )
+    verb.add_argument(
+        "--engine", metavar="ADDRESS", help="litert, or tf-serving://HOST:PORT (litert)"
+    )
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, e.g. serve.exposures=false; may be repeated",
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from tfrec.config import Config
+
+    told = [
+        f"serve.{name}={json.dumps(value) if name != 'port' else value}"
+        for name in ("host", "port", "state", "engine")
+        if (value := getattr(arguments, name)) is not None
+    ]
+    settings = Config.load("files", [*arguments.settings, *told]).serve
+    try:
+        from tfrec.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"serving needs the package {error.name}; install it with: pip install 'tfrec[serve]'"
+        ) from None
+    return serve(arguments.folder, settings)
 
 
 # --- recommend -----------------------------------------------------------------------------------

@@ -78,7 +78,9 @@ class DataConfig(Section):
 
     source: str = Field("files", description="a name from `tfrec data list`, or `files`")
     data_dir: str = Field("", description="a folder that already holds the source's raw files")
-    interactions: str = Field("", description="file of events: csv, tsv, parquet, jsonl (.gz too)")
+    interactions: str = Field(
+        "", description="file of events: csv, tsv, parquet, jsonl (.gz too), or a folder of them"
+    )
     items: str = Field("", description="file of items, one row each")
     users: str = Field("", description="file of users, one row each (optional)")
     columns: dict[str, str] = Field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,6 +19,8 @@ from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
 from tfrec.index import ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
+from tfrec.index.among import Among
+from tfrec.steps import FILTERS, SOURCES, Search
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int32]
@@ -86,6 +88,12 @@ class Policy:
       newcomer: Further weight of popularity for somebody without an event, as it were; that for
         somebody with n events is this times exp(-n / fade). Where it counts, it brings candidates.
       fade: Events in which it falls to 1 / e.
+      rank: How many of the candidates the ranker reads, those with the best score without it;
+        0: all.
+      sources: What finds candidates, by name (:data:`tfrec.steps.SOURCES`); each decides whether
+        it has a part.
+      filters: What leaves items out of requests, by name (:data:`tfrec.steps.FILTERS`).
+      blocked: Attribute -> values that requests never get.
     """
 
     candidates: int = 200
@@ -95,6 +103,10 @@ class Policy:
     text_decay: float = 0.8
     newcomer: float = 0.0
     fade: float = 5.0
+    rank: int = 0
+    sources: tuple[str, ...] = ("behaviour", "text", "popular", "new")
+    filters: tuple[str, ...] = ("seen", "hidden")
+    blocked: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> bool:
@@ -125,14 +137,20 @@ class Policy:
         return bool(self.score.get(part))
 
     def dump(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "score": dict(self.score), "tasks": list(self.tasks)}
+        """Plain values for JSON: what was learned, and not how it is served."""
+        told = {name: getattr(self, name) for name in _LEARNED}
+        return {**told, "score": dict(self.score), "tasks": list(self.tasks)}
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> Policy:
         """Reads back what :meth:`dump` gave; what else is there is left."""
-        known = {field.name: tree[field.name] for field in fields(cls)}
+        known = {name: tree[name] for name in _LEARNED}
         return cls(**{**known, "tasks": tuple(known["tasks"])})
+
+
+_LEARNED = (
+    "candidates", "history", "score", "tasks", "text_decay", "newcomer", "fade"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,29 +312,57 @@ class Evidence:
     linear: Floats | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Met:
+    """An event of a history.
+
+    Attributes:
+      item_id: With what.
+      event: Its type; one that the models do not know counts as the first that they do.
+      rating: None: there is none.
+      time: Seconds since 1970; None: that of the event before.
+      again: Whether the item may be recommended all the same.
+    """
+
+    item_id: str
+    event: str = ""
+    rating: float | None = None
+    time: int | None = None
+    again: bool = False
+
+    @classmethod
+    def of(cls, told: str | Met) -> Met:
+        """An event of an item id, where no more is told."""
+        return cls(told) if isinstance(told, str) else told
+
+
 @dataclass(frozen=True)
 class Request:
     """What one person asks for.
 
     Attributes:
       user_id: A known user, whose events and attributes are then used; or a new one.
-      history: Item ids, oldest first, that follow what is known of the user.
+      history: Item ids or events, oldest first, that follow what is known of the user.
       profile: What the person likes, in words.
       exclude: Item ids that must not come.
       include: Item ids to choose among; empty: all.
       filters: Attribute column -> values, one of which the items must have.
       include_seen: Whether items of the history may come.
       time: Seconds since 1970 of the request, for models that read it.
+      hidden: Item ids that the user does not want to see.
+      forgotten: Whether what is known of the user must not be used.
     """
 
     user_id: str = ""
-    history: tuple[str, ...] = ()
+    history: tuple[str | Met, ...] = ()
     profile: str = ""
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
     include_seen: bool = False
     time: int | None = None
+    hidden: tuple[str, ...] = ()
+    forgotten: bool = False
 
 
 @dataclass(frozen=True)
@@ -334,6 +380,57 @@ class Recommended:
     title: str
     score: float
     source: Source
+
+
+@dataclass(frozen=True, eq=False)
+class Found(TopK):
+    """Results, and how they came to be.
+
+    Attributes:
+      parts: What each part adds to the score, float32 (batch, k); their sum is the score.
+      sources: What each source found, int32 (batch, any), 0 where there is nothing.
+    """
+
+    parts: Mapping[str, Floats] = field(default_factory=dict)
+    sources: Mapping[str, Rows] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, batch: int, k: int, some: Sequence[tuple[NDArray[np.int64], Found]]) -> Found:
+        """One batch of the results of some of its rows each."""
+        nothing = TopK.nothing(batch, k)
+        parts: dict[str, Floats] = {}
+        sources: dict[str, Rows] = {}
+        for rows, found in some:
+            nothing.scores[rows], nothing.ids[rows] = found.scores, found.ids
+            for name, values in found.parts.items():
+                parts.setdefault(name, np.zeros((batch, k), np.float32))[rows] = values
+            for name, ids in found.sources.items():
+                sources.setdefault(name, np.zeros((batch, 0), np.int32))
+                wider = ids.shape[1] - sources[name].shape[1]
+                sources[name] = np.pad(sources[name], ((0, 0), (0, max(wider, 0))))
+                sources[name][rows, : ids.shape[1]] = ids
+        return cls(nothing.scores, nothing.ids, parts, sources)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The best items for one request, best first.
+
+    Attributes:
+      rows: int32 (n,), catalog rows.
+      scores: float32 (n,).
+      parts: What each part adds to the score, float32 (n,).
+      source: What the answer rests on.
+      sources: What each source found, int32 (any,).
+      history: int32 (h,), catalog rows of the events that were read, oldest first.
+    """
+
+    rows: Rows
+    scores: Floats
+    parts: Mapping[str, Floats]
+    source: Source
+    sources: Mapping[str, Rows]
+    history: Rows
 
 
 class Recommender:
@@ -384,6 +481,10 @@ class Recommender:
             popularity[0] = 0
         self.popularity = popularity
         self._histories = Histories.of(interactions, coding)
+        self._added = np.zeros(0, np.int32)
+
+    def mark(self, stage: str) -> None:
+        """Called when a stage of the chain is done, by who times it."""
 
     def who(
         self,
@@ -470,7 +571,7 @@ class Recommender:
         exclude: Ragged | None,
         index: Index,
         policy: Policy,
-    ) -> TopK:
+    ) -> Found:
         """The ``k`` best items for each: by his events, else by his words, else what is popular.
 
         Args:
@@ -482,8 +583,7 @@ class Recommender:
           index: Its ids are what may come.
           policy: How the scores of those with events are put together.
         """
-        scores = np.full((len(asked), k), -np.inf, np.float32)
-        ids = np.zeros((len(asked), k), np.int32)
+        some = []
         for rows, new in ((np.flatnonzero(~asked.new), False), (np.flatnonzero(asked.new), True)):
             if len(rows):
                 left_out = None if exclude is None else exclude.take(rows)
@@ -492,25 +592,49 @@ class Recommender:
                     if new
                     else self.chain(asked.take(rows), k, left_out, index, policy)
                 )
-                scores[rows], ids[rows] = found.scores, found.ids
-        return TopK(scores, ids)
+                some.append((rows, found))
+        return Found.joined(len(asked), k, some)
 
     def chain(
         self, asked: Who, k: int, exclude: Ragged | None, index: Index, policy: Policy
-    ) -> TopK:
+    ) -> Found:
         """Retrieve, rank and cut: the chain itself, for those with behaviour to go by."""
         query = self.queries(asked)
+        self.mark("encode")
         if policy.plain:
-            return index.search(query, k, exclude)
+            found = index.search(query, k, exclude)
+            alone = np.where(found.ids > 0, found.scores, 0)
+            return Found(found.scores, found.ids, {"retrieval": alone}, {"behaviour": found.ids})
         evidence = self.evidence(asked, policy)
         count = max(k, policy.candidates)
-        rows = self.candidates(asked, query, count, exclude, index, policy, evidence)
+        search = Search(asked, query, count, exclude, index, policy, evidence)
+        sources = self._sources(search)
+        rows = _union(sources)
+        if policy.ranks and 0 < max(policy.rank, k) < rows.shape[1]:
+            rows = self._promising(search, rows, max(policy.rank, k))
+        self.mark("retrieve")
         parts = self.parts(asked, query, rows, policy, evidence)
         score = policy.total(parts)
+        told = {n: np.float32(w) * parts[n] for n, w in policy.score.items() if w and n in parts}
         if policy.newcomer:
-            score += policy.prior(asked.events)[:, None] * self.popular(rows)
+            prior = policy.prior(asked.events)[:, None] * self.popular(rows)
+            score += prior
+            told["popularity"] = told.get("popularity", 0) + prior
         score[rows == 0] = -np.inf
-        return best_of(score, rows, k)
+        best = best_of(score, rows, k)
+        self.mark("rank")
+        return Found(best.scores, best.ids, _placed(told, score, rows, best), sources)
+
+    def _promising(self, search: Search, rows: Rows, count: int) -> Rows:
+        """The candidates with the best score without the ranker."""
+        policy = search.policy
+        cheap = replace(
+            policy, score={p: w for p, w in policy.score.items() if p not in policy.tasks}
+        )
+        parts = self.parts(search.asked, search.query, rows, cheap, search.evidence)
+        score = cheap.total(parts)
+        score[rows == 0] = -np.inf
+        return best_of(score, rows, count).ids
 
     def queries(self, asked: Who) -> Floats:
         """float32 (b, d), query vectors."""
@@ -553,40 +677,39 @@ class Recommender:
         """
         index, policy = index or self.index, policy or self.policy
         evidence = evidence or self.evidence(asked, policy)
-        found = [index.search(query, count, exclude).ids]
-        if evidence.linear is not None:
-            ids = index.ids[index.ids < evidence.linear.shape[1]]
-            scores = evidence.linear[:, ids]
-            found.append(top_k(scores, ids, min(count, max(len(ids), 1)), exclude).ids)
-        words = evidence.words
-        if words is not None:
-            everything = index is self.index
-            near: Index
-            if everything:
-                near = self.text_index
-            else:
-                near = ExactIndex.build(self.text[index.ids], index.ids)
-            alike = near.search(words, count, exclude).ids
-            found.append(alike * words.any(axis=1, keepdims=True))  # nothing is like no text
-        few = np.flatnonzero(policy.prior(asked.events))
-        if len(few):
-            popular = np.zeros((len(asked), count), np.int32)
-            popular[few] = self._most_popular(
-                len(few), count, None if exclude is None else exclude.take(few), index
-            ).ids
-            found.append(popular)
-        return _distinct(np.concatenate(found, axis=1)) if len(found) > 1 else found[0]
+        return _union(self._sources(Search(asked, query, count, exclude, index, policy, evidence)))
+
+    def _sources(self, search: Search) -> dict[str, Rows]:
+        """Source -> int32 (b, any), what it found; sources that do not apply are left out."""
+        found = {name: SOURCES[name].find(self, search) for name in search.policy.sources}
+        return {n: np.concatenate(a, axis=1) if a[1:] else a[0] for n, a in found.items() if a}
 
     def popular(self, rows: Rows) -> Floats:
         """float32, of the shape of ``rows``: logarithm of one more than an item's events."""
         return np.log1p(self.popularity[rows])
 
-    def _most_popular(self, users: int, k: int, exclude: Ragged | None, index: Index) -> TopK:
+    def most_popular(self, users: int, k: int, exclude: Ragged | None, index: Index) -> TopK:
         """The ``k`` items of an index with the most events, for each of so many users."""
         left_out = 0 if exclude is None else int(np.diff(exclude.offsets).max(initial=0))
-        share = self.popular(index.ids)
-        best = np.sort(np.argsort(-share, kind="stable")[: k + left_out])
-        return top_k(np.tile(share[best], (users, 1)), index.ids[best], k, exclude)
+        order = self._by_popularity
+        if index is not self.index:
+            order = order[np.isin(order, index.ids, kind="table")]
+        best = np.sort(order[: k + left_out])
+        return top_k(np.tile(self.popular(best), (users, 1)), best, k, exclude)
+
+    @functools.cached_property
+    def _by_popularity(self) -> Rows:
+        """int32 (n,), what may come, the items with the most events first."""
+        ids = self.index.ids
+        return ids[np.argsort(-self.popularity[ids], kind="stable")]
+
+    def newest(self, count: int) -> Rows:
+        """int32 (n,), the items that were added last, newest first."""
+        return self._added[-count:][::-1]
+
+    def text_among(self, index: Index) -> Index:
+        """The index of the texts of the items that an index holds."""
+        return self.text_index if index is self.index else Among(self.text_index, index.ids)
 
     @functools.cached_property
     def text_index(self) -> Index:
@@ -695,9 +818,23 @@ class Recommender:
         Raises:
           InputError: k is below 1, or a filter names an attribute that items do not have.
         """
+        return [
+            [
+                Recommended(self.catalog.ids[row], self.catalog.titles[row], score, best.source)
+                for row, score in zip(best.rows[:k].tolist(), best.scores[:k].tolist(), strict=True)
+            ]
+            for best in self.ranked(requests, k)
+        ]
+
+    def ranked(self, requests: Sequence[Request], k: int) -> list[Ranked]:
+        """The best of each request with what they rest on: at least ``k`` where so many may come.
+
+        Raises:
+          InputError: k is below 1, or a filter names an attribute that items do not have.
+        """
         if k < 1:
             raise InputError(f"k must be at least 1, and got {k}")
-        out: list[list[Recommended]] = [[] for _ in requests]
+        out: dict[int, Ranked] = {}
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, request in enumerate(requests):
             filters = sorted((c, tuple(v)) for c, v in request.filters.items())
@@ -708,12 +845,11 @@ class Recommender:
             index = self._allowed(requests[places[0]])
             for start in range(0, len(places), BLOCK):
                 block = places[start : start + BLOCK]
-                answers = self._answer([requests[p] for p in block], k, index)
-                for place, answer in zip(block, answers, strict=True):
-                    out[place] = answer
-        return out
+                answers = self._ranked([requests[p] for p in block], k, index)
+                out.update(zip(block, answers, strict=True))
+        return [out[place] for place in range(len(requests))]
 
-    def _answer(self, requests: Sequence[Request], k: int, index: Index) -> list[list[Recommended]]:
+    def _ranked(self, requests: Sequence[Request], k: int, index: Index) -> list[Ranked]:
         asked, exclude = self.asked(requests)
         words = self._encoded(
             [
@@ -726,20 +862,24 @@ class Recommender:
         deep = max(k, FUSED) if len(both) else k
         popular = np.array([TOLD if r.profile else KEPT for r in requests], np.float32)
         found = self.answer(asked, words, popular, deep, exclude, index, self.policy)
-        said = dict(
-            zip(
-                both.tolist(),
-                self._cold(words[both], popular[both], deep, exclude.take(both), index).ids,
-                strict=True,
-            )
-        )
+        said = self._cold(words[both], popular[both], deep, exclude.take(both), index).ids
+        place_of = {int(row): place for place, row in enumerate(both)}
         answers = []
         for row, new in enumerate(asked.new):
-            ids, scores = found.ids[row], found.scores[row]
-            if row in said:
-                ids, scores = _fused(ids, said[row])
             source: Source = "behaviour" if not new else "text" if spoken[row] else "popular"
-            answers.append(self._named(ids[:k], scores[:k], source))
+            start, stop = asked.histories.offsets[row : row + 2]
+            history = asked.histories.item[start:stop][-self.policy.history :]
+            sources = {name: rows[row] for name, rows in found.sources.items()}
+            if row in place_of:
+                heard = said[place_of[row]]
+                ids, parts = _fused({"behaviour": found.ids[row], "text": heard})
+                scores = np.asarray(sum(parts.values()), np.float32)
+                sources["text"] = np.union1d(sources.get("text", heard), heard)
+            else:
+                known = found.ids[row] > 0
+                ids, scores = found.ids[row][known], found.scores[row][known]
+                parts = {n: v[row][known] for n, v in found.parts.items() if v[row].any()}
+            answers.append(Ranked(ids, scores, parts, source, sources, history))
         return answers
 
     def _encoded(self, texts: Sequence[str]) -> Floats:
@@ -758,7 +898,7 @@ class Recommender:
 
     def asked(self, requests: Sequence[Request]) -> tuple[Who, Ragged]:
         """Those who ask, and the catalog rows that must not come for each of them."""
-        rows = [self.users.row(r.user_id) if r.user_id else -1 for r in requests]
+        rows = [self._row(request) for request in requests]
         histories = _joined([self._history(row, r) for row, r in zip(rows, requests, strict=True)])
         index = np.array(rows)
         times = np.array([r.time or 0 for r in requests], np.int64)
@@ -770,55 +910,66 @@ class Recommender:
         )
         excluded = []
         for place, request in enumerate(requests):
-            start, stop = histories.offsets[place : place + 2]
-            seen = histories.item[start:stop] if not request.include_seen else histories.item[:0]
-            excluded.append(np.concatenate([seen, self.catalog.rows(request.exclude)]))
+            own = histories.take([place])
+            steps = [FILTERS[name].left_out(self, request, own) for name in self.policy.filters]
+            excluded.append(np.concatenate([*steps, self.catalog.rows(request.exclude)]))
         return asked, Ragged.of(excluded)
+
+    def _row(self, request: Request) -> int:
+        """The user's row; -1 if he is not known or must not be."""
+        known = request.user_id and not request.forgotten
+        return self.users.row(request.user_id) if known else -1
 
     def _history(self, row: int, request: Request) -> Histories:
         known = self._histories.take([row] if row >= 0 else [])
-        rows = self.catalog.rows(request.history)
-        rows = rows[rows > 0]
-        newest = known.timestamp[-1] if len(known.item) else np.int64(request.time or 0)
-        event = self.coding.events([self.coding.event_names[0]] * len(rows))
-        item = np.concatenate([known.item, rows])
+        met = self.met(request)
+        if not met:
+            return known if row >= 0 else _NO_EVENTS
+        newest = int(known.timestamp[-1]) if len(known.item) else int(request.time or 0)
+        times = []
+        for event in met:
+            newest = newest if event.time is None else event.time
+            times.append(newest)
+        names = self.coding.event_names
+        events = self.coding.events([m.event if m.event in names else names[0] for m in met])
+        ratings = np.array([np.nan if m.rating is None else m.rating for m in met], np.float32)
+        item = np.concatenate([known.item, self.catalog.rows([m.item_id for m in met])])
         return Histories(
             np.array([0, len(item)], np.int64),
             item,
-            np.concatenate([known.event, event]),
-            np.concatenate([known.rating, np.zeros(len(rows), np.int32)]),
-            np.concatenate([known.timestamp, np.full(len(rows), newest)]),
+            np.concatenate([known.event, events]),
+            np.concatenate([known.rating, self.coding.ratings(ratings)]),
+            np.concatenate([known.timestamp, np.array(times, np.int64)]),
         )
 
+    def met(self, request: Request) -> list[Met]:
+        """The events of a request's history whose items are in the catalog."""
+        told = map(Met.of, request.history)
+        return [event for event in told if self.catalog.row(event.item_id)]
+
     def _allowed(self, request: Request) -> Index:
-        if not request.include and not request.filters:
+        if not (request.include or request.filters or self.policy.blocked):
             return self.index
         allowed = np.ones(len(self.catalog), bool)
         allowed[0] = False
+        for column, values in self.policy.blocked.items():
+            allowed[self.catalog.having(column, values)] = False
+        wanted = [self.catalog.having(column, v) for column, v in request.filters.items()]
         if request.include:
-            chosen = np.zeros(len(self.catalog), bool)
-            chosen[self.catalog.rows(request.include)] = True
-            allowed &= chosen
-        for column, values in request.filters.items():
-            allowed &= self._has(column, values)
-        rows = np.flatnonzero(allowed).astype(np.int32)
-        return ExactIndex.build(self.vectors[rows], rows)
-
-    def _has(self, column: str, values: Sequence[str]) -> NDArray[np.bool_]:
-        cells = self.catalog.attributes.get(column)
-        if cells is None:
-            known = ", ".join(self.catalog.attributes) or "none"
-            raise InputError(f"items have no attribute '{column}' to filter by; they have: {known}")
-        separator = self.catalog.schema.separator
-        return np.array([not set(cell.split(separator)).isdisjoint(values) for cell in cells])
+            wanted.append(self.catalog.rows(request.include))
+        for rows in wanted:
+            among = np.zeros(len(self.catalog), bool)
+            among[rows] = True
+            allowed &= among
+        return Among(self.index, np.flatnonzero(allowed).astype(np.int32))
 
     def _profile_text(self, request: Request) -> str:
-        row = self.users.row(request.user_id) if request.user_id else -1
+        row = self._row(request)
         return self.users.texts[row] if row >= 0 else ""
 
     def _cold(
         self, profile: Floats, popular: Floats, k: int, exclude: Ragged | None, index: Index
-    ) -> TopK:
+    ) -> Found:
         """For those without a history: what is like their words, or popular.
 
         Args:
@@ -831,18 +982,18 @@ class Recommender:
         rows = index.ids
         share = self.popularity[rows] / max(float(self.popularity.max()), 1.0)
         scores = np.tile(share.astype(np.float32), (len(profile), 1))
-        spoken = profile.any(axis=1)
+        spoken = np.asarray(profile.any(axis=1))
         if spoken.any():
-            alike = profile[spoken] @ self.text[rows].T
-            scores[spoken] = alike + popular[spoken, None] * share
-        return top_k(scores, rows, k, exclude)
-
-    def _named(self, ids: Rows, scores: Floats, source: Source) -> list[Recommended]:
-        return [
-            Recommended(self.catalog.ids[i], self.catalog.titles[i], float(s), source)
-            for i, s in zip(ids.tolist(), scores.tolist(), strict=True)
-            if i
-        ]
+            everything = len(rows) == len(self.text) - 1  # of which no copy need be made
+            texts = self.text[1:] if everything else self.text[rows]
+            scores[spoken] = profile[spoken] @ texts.T + popular[spoken, None] * share
+        best = top_k(scores, rows, k, exclude)
+        told = np.where(best.ids > 0, best.scores, 0)
+        common = self.popularity[best.ids] / max(float(self.popularity.max()), 1.0)
+        weight = np.where(spoken, popular, 1)[:, None].astype(np.float32)
+        parts = {"popularity": common * weight, "text": told - common * weight}
+        said = np.where(spoken[:, None], best.ids, 0)
+        return Found(best.scores, best.ids, parts, {"text": said, "popular": best.ids - said})
 
 
 def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:
@@ -912,16 +1063,43 @@ def best_of(score: Floats, rows: Rows, k: int) -> TopK:
     return TopK(scores, np.where(scores > -np.inf, ids, 0).astype(np.int32))
 
 
-def _fused(first: Rows, second: Rows) -> tuple[Rows, Floats]:
-    """Two lists as one, by reciprocal ranks (Cormack et al. 2009, with their constant 60)."""
-    ids = np.union1d(first, second)
+def _fused(lists: Mapping[str, Rows]) -> tuple[Rows, dict[str, Floats]]:
+    """Lists as one, by reciprocal ranks (Cormack et al. 2009, with their constant 60).
+
+    Returns:
+      int32 (n,), best first, and what each list adds to their scores, float32 (n,).
+    """
+    ids = functools.reduce(np.union1d, lists.values())
     ids = ids[ids > 0]
-    score = np.zeros(len(ids), np.float32)
-    for found in (first, second):
+    parts = {name: np.zeros(len(ids), np.float32) for name in lists}
+    for name, found in lists.items():
         found = found[found > 0]
-        score[np.searchsorted(ids, found)] += 1 / (61 + np.arange(len(found), dtype=np.float32))
-    order = np.argsort(-score, kind="stable")
-    return ids[order].astype(np.int32), score[order]
+        parts[name][np.searchsorted(ids, found)] = 1 / (61 + np.arange(len(found)))
+    order = np.argsort(-np.asarray(sum(parts.values())), kind="stable")
+    return ids[order].astype(np.int32), {name: values[order] for name, values in parts.items()}
+
+
+def _union(sources: Mapping[str, Rows]) -> Rows:
+    """int32 (b, c), what all sources found, once each, and 0 in places that are not used."""
+    found = list(sources.values())
+    return _distinct(np.concatenate(found, axis=1)) if found else np.zeros((0, 0), np.int32)
+
+
+def _placed(
+    parts: Mapping[str, Floats], score: Floats, rows: Rows, best: TopK
+) -> dict[str, Floats]:
+    """Parts (b, c) of candidates as those (b, k) of the best; 0 in places that are not used."""
+    order = np.lexsort((rows, -score), axis=1)[:, : best.ids.shape[1]]
+    out = {}
+    for name, values in parts.items():
+        picked = np.take_along_axis(np.broadcast_to(values, rows.shape), order, 1)
+        short = best.ids.shape[1] - picked.shape[1]
+        out[name] = np.pad(picked, ((0, 0), (0, short))) * (best.ids > 0)
+    return out
+
+
+_NOTHING = np.zeros(0, np.int32)
+_NO_EVENTS = Histories(np.zeros(2, np.int64), _NOTHING, _NOTHING, _NOTHING, np.zeros(0, np.int64))
 
 
 def _joined(histories: Sequence[Histories]) -> Histories:

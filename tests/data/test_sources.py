@@ -161,6 +161,20 @@ def test_own_files_are_read(tmp_path):
     assert raw.users.columns["age"] == ("7",)
 
 
+def test_a_folder_of_events_is_read_and_a_new_file_in_it_noticed(tmp_path):
+    (tmp_path / "1.csv").write_text("user_id,item_id,timestamp\nu,i,5\n")
+    (tmp_path / "2.csv").write_text("user_id,item_id,timestamp\nv,i,x\n")
+    config = DataConfig(interactions=str(tmp_path))
+    with pytest.raises(InputError, match=r"2\.csv, line 2: column 'timestamp'"):
+        sources.read(config)
+    (tmp_path / "2.csv").write_text("user_id,item_id,timestamp\nv,i,6\n")
+    before = sources.input_digests(config)
+    assert sources.read(config).events.user_ids == ("u", "v")
+    assert sources.input_digests(config) == before
+    (tmp_path / "3.csv").write_text("user_id,item_id,timestamp\nw,i,7\n")
+    assert sources.input_digests(config) != before
+
+
 @pytest.mark.parametrize("setting", ["interactions", "items", "users"])
 def test_a_missing_file_is_named_with_its_setting(tmp_path, setting):
     (tmp_path / "e.csv").write_text("user_id,item_id,timestamp\nu,i,5\n")

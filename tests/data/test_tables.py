@@ -132,9 +132,37 @@ def test_a_missing_file_is_named_with_its_setting(tmp_path):
     assert "data.items" in refusal(tmp_path / "none.csv")
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_without_tables_says_what_it_looked_for(tmp_path):
     (tmp_path / "t.csv").mkdir()
-    assert "folder" in refusal(tmp_path / "t.csv")
+    (tmp_path / "t.csv" / ".hidden.csv").write_text("a\n1\n")
+    (tmp_path / "t.csv" / "README").write_text("words\n")
+    assert ".csv, .tsv, .parquet" in refusal(tmp_path / "t.csv")
+
+
+def test_a_folder_is_read_as_one_table_in_the_order_of_names(tmp_path):
+    written(tmp_path / "2.parquet", ROWS[1:2])
+    written(tmp_path / "1.csv", ROWS[:1])
+    written(tmp_path / "3.jsonl.gz", ROWS[2:])
+    written(tmp_path / ".4.parquet", ROWS)
+    reader = open_table(tmp_path, "data.interactions")
+    assert reader.columns == ("user_id", "item_id", "n")
+    assert everything(reader) == ROWS
+    assert [reader.where(0), reader.where(2)] == ["1.csv, line 2", "3.jsonl.gz, line 1"]
+
+
+def test_files_of_a_folder_may_order_their_columns_as_they_like(tmp_path):
+    (tmp_path / "1.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "2.csv").write_text("b,a\n4,3\n")
+    rows = everything(open_table(tmp_path, "data.interactions"))
+    assert rows == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
+def test_files_of_a_folder_need_the_same_columns(tmp_path):
+    (tmp_path / "1.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "2.csv").write_text("a,c\n1,2\n")
+    message = refusal(tmp_path)
+    assert "1.csv has the columns a, b, and" in message
+    assert "2.csv a, c;" in message
 
 
 def test_an_unknown_ending_names_the_known_ones(tmp_path):

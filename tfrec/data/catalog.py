@@ -170,6 +170,51 @@ class Catalog(Table):
         """int32 rows of the given ids; 0 for those not known."""
         return np.fromiter((self._row_of.get(i, 0) for i in item_ids), np.int32)
 
+    def having(self, column: str, values: Iterable[str]) -> NDArray[np.int32]:
+        """int32 rows, ascending, of the items that have one of the values in an attribute.
+
+        Raises:
+          InputError: items have no such attribute.
+        """
+        found = [
+            self._facet(column)[value] for value in set(values) if value in self._facet(column)
+        ]
+        return np.unique(np.concatenate([np.zeros(0, np.int32), *found]))
+
+    def values(self, column: str) -> list[str]:
+        """The values of an attribute, the most frequent first.
+
+        Raises:
+          InputError: items have no such attribute.
+        """
+        facet = self._facet(column)
+        return sorted(facet, key=lambda value: (-len(facet[value]), value))
+
+    def cells(self, row: int) -> dict[str, list[str]]:
+        """Attribute -> values of an item; attributes without one are left out."""
+        split = {name: cells[row] for name, cells in self.attributes.items() if cells[row]}
+        return {name: cell.split(self.schema.separator) for name, cell in split.items()}
+
+    @cached_property
+    def _facets(self) -> dict[str, dict[str, NDArray[np.int32]]]:
+        return {}
+
+    def _facet(self, column: str) -> dict[str, NDArray[np.int32]]:
+        """Value -> rows, made when a column is first asked for."""
+        if column not in self._facets:
+            cells = self.attributes.get(column)
+            if cells is None:
+                known = ", ".join(self.attributes) or "none"
+                raise InputError(
+                    f"items have no attribute '{column}' to filter by; they have: {known}"
+                )
+            rows: dict[str, list[int]] = {}
+            for row, cell in enumerate(cells):
+                for value in dict.fromkeys(cell.split(self.schema.separator)) if cell else ():
+                    rows.setdefault(value, []).append(row)
+            self._facets[column] = {v: np.array(r, np.int32) for v, r in rows.items()}
+        return self._facets[column]
+
     def digest(self, rows: int | None = None) -> str:
         """SHA-256, as hex, of the ids, titles and texts of the first rows; None: of all."""
         hashed = hashlib.sha256()
@@ -193,6 +238,97 @@ class Catalog(Table):
             },
             schema=self.schema,
         )
+
+
+class LiveCatalog(Catalog):
+    """A catalog to which items are added and whose items change; one thread at a time may do so.
+
+    Args:
+      base: What it begins as.
+    """
+
+    _grown: Growing
+
+    def __init__(self, base: Catalog) -> None:
+        columns = {name: list(cells) for name, cells in base.attributes.items()}
+        for name, value in (
+            ("ids", list(base.ids)),
+            ("titles", list(base.titles)),
+            ("texts", list(base.texts)),
+            ("attributes", columns),
+            ("schema", base.schema),
+            ("_grown", Growing(base.features)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """float32 (len(self), schema.width)."""
+        return self._grown.array
+
+    def put(self, item_id: str, title: str, text: str, attributes: Mapping[str, str]) -> int:
+        """Adds an item, or replaces what is known of it; its row, which it keeps.
+
+        Columns that the catalog does not have are left out.
+
+        Raises:
+          InputError: the id is empty, or a numeric attribute is not a finite number.
+        """
+        if not item_id:
+            raise InputError("an item's id is empty; give it one")
+        told = {name: attributes.get(name, "") for name in self.attributes}
+        features = self.schema.encode({name: (cell,) for name, cell in told.items()}, 1)
+        row = self.row(item_id)
+        cells: dict[str, list[str]] = self.attributes  # type: ignore[assignment]
+        if row:
+            self._unlist(row)
+            self.titles[row], self.texts[row] = title, text  # type: ignore[index]
+            for name, cell in told.items():
+                cells[name][row] = cell
+        else:
+            row = len(self.ids)
+            for column, value in ((self.titles, title), (self.texts, text), (self.ids, item_id)):
+                column.append(value)  # type: ignore[attr-defined]
+            for name, cell in told.items():
+                cells[name].append(cell)
+            self._row_of[item_id] = row
+        self._grown.put(row, features[0])
+        self._list(row)
+        return row
+
+    def _unlist(self, row: int) -> None:
+        for column, facet in self._facets.items():
+            for value in self.cells(row).get(column, ()):
+                facet[value] = facet[value][facet[value] != row]
+
+    def _list(self, row: int) -> None:
+        for column, facet in self._facets.items():
+            for value in dict.fromkeys(self.cells(row).get(column, ())):
+                facet[value] = np.append(facet.get(value, np.zeros(0, np.int32)), np.int32(row))
+
+
+class Growing:
+    """Rows of an array to which rows are added, seldom copying what is there.
+
+    Args:
+      array: (n, ...), copied into memory with room for more, of which what is not used takes none.
+    """
+
+    def __init__(self, array: NDArray[np.float32]) -> None:
+        self._room = np.zeros((len(array) + len(array) // 2 + 64, *array.shape[1:]), array.dtype)
+        self._room[: len(array)] = array
+        self.array = self._room[: len(array)]
+
+    def put(self, row: int, values: NDArray[np.float32]) -> None:
+        """Replaces a row, or adds the one after the last."""
+        if row == len(self._room):
+            grown = Growing(self._room)
+            self._room = grown._room
+        if row == len(self.array):
+            self._room[row] = values
+            self.array = self._room[: row + 1]
+        else:
+            self.array[row] = values
 
 
 class Users(Table):

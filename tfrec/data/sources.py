@@ -31,7 +31,7 @@ from tfrec.artifact import file_digest
 from tfrec.config import DataConfig
 from tfrec.data import movielens
 from tfrec.data.raw import RawData, RawTable, read_events, read_table
-from tfrec.data.tables import open_bytes, open_table
+from tfrec.data.tables import files_of, open_bytes, open_table
 from tfrec.errors import ConfigError, InputError, SetupError
 
 ARCHIVES = "https://files.grouplens.org/datasets/movielens/"
@@ -171,7 +171,14 @@ def input_digests(config: DataConfig) -> dict[str, str]:
         known = {member: digest for member, digest in source.digests.items() if digest}
         rest = [member for member in source.digests if member not in known]
         return known | {member: content_digest(folder / member) for member in rest}
-    return {key: file_digest(path) for key, path in _files(config).items()}
+    return {key: _table_digest(Path(path)) for key, path in _files(config).items()}
+
+
+def _table_digest(path: Path) -> str:
+    if not path.is_dir():
+        return file_digest(path)
+    lines = "".join(f"{file_digest(file)} {file.name}\n" for file in files_of(path))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def content_digest(path: Path) -> str:

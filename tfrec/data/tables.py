@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -73,19 +74,20 @@ def open_table(path: str | Path, setting: str) -> Reader:
 
     Args:
       path: File named ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet`` or ``.txt`` (one column
-        ``text``, a row for each line), each also with ``.gz``.
+        ``text``, a row for each line), each also with ``.gz``; or a folder of such files with the
+        same columns, which are read in the order of their names.
       setting: The configuration key that named it, for messages.
 
     Raises:
-      InputError: it does not exist, is empty, is of no known format or cannot be read.
+      InputError: it does not exist, is empty, is of no known format or cannot be read, or the
+        files of a folder differ in their columns.
     """
     file = Path(path)
     if not file.exists():
         raise InputError(f"there is no file {file} ({setting})")
-    if not file.is_file():
-        raise InputError(f"{file} ({setting}) is a folder, and a file was expected")
-    ending = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-    kind = _ENDINGS.get(ending.lower())
+    if file.is_dir():
+        return _Folder(file, [open_table(one, setting) for one in files_of(file)], setting)
+    kind = _kind(file)
     if kind is None:
         raise InputError(
             f"{file} ({setting}) ends in '{file.suffix}'; expected one of "
@@ -98,6 +100,53 @@ def open_table(path: str | Path, setting: str) -> Reader:
     if kind == "txt":
         return _LinesFile(file)
     return _JsonFile(file) if kind == "jsonl" else _DelimitedFile(file, kind)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a table: itself, or those of a folder that can be read, by name.
+
+    Hidden files, which may be unfinished, are left out.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.iterdir(), key=lambda file: file.name)
+    return [f for f in found if f.is_file() and _kind(f) and not f.name.startswith(".")]
+
+
+def _kind(file: Path) -> str | None:
+    ending = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    return _ENDINGS.get(ending.lower())
+
+
+class _Folder(Reader):
+    def __init__(self, path: Path, readers: Sequence[Reader], setting: str) -> None:
+        if not readers:
+            raise InputError(
+                f"the folder {path} ({setting}) has no file that ends in "
+                f"{', '.join('.' + f for f in FORMATS)}, or one of these with .gz"
+            )
+        self.name, self._readers = str(path), readers
+        self.columns = readers[0].columns
+        for other in readers[1:]:
+            if set(other.columns) != set(self.columns):
+                raise InputError(
+                    f"{readers[0].name} has the columns {', '.join(self.columns)}, and "
+                    f"{other.name} {', '.join(other.columns)}; the files of a folder need the same"
+                )
+        self._starts: list[int] = []
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        self._starts, rows = [], 0
+        for reader in self._readers:
+            self._starts.append(rows)
+            for batch in reader.batches(columns):
+                yield batch
+                rows += batch.num_rows
+
+    def where(self, row: int) -> str:
+        place = bisect_right(self._starts, row) - 1
+        reader = self._readers[place]
+        return f"{Path(reader.name).name}, {reader.where(row - self._starts[place])}"
 
 
 class Columns(Reader):

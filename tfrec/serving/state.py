@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
+
+from tfrec.errors import InputError, SetupError
+
+Synchronous = Literal["full", "normal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,9 @@ class State(Protocol):
     def forgotten(self, user_ids: Sequence[str]) -> set[str]:
         """Those whose history in a bundle must not be read any more."""
 
+    def events(self, after: int = 0) -> Iterator[tuple[int, Event]]:
+        """Events that came after number ``after``, each with its own number, ascending."""
+
     def put_items(self, items: Sequence[Item]) -> None:
         """Keeps items in place of what was there under their ids, all of them or none."""
 
@@ -95,7 +103,80 @@ class State(Protocol):
         """Keeps a setting."""
 
     def counts(self) -> dict[str, int]:
-        """How many ``events``, ``users`` and ``items`` are kept."""
+        """How many ``events``, ``users`` with events and ``items`` not deleted are kept."""
+
+    def durability(self) -> str:
+        """What an acknowledged event survives, in one sentence for whoever starts the server."""
 
     def close(self) -> None:
         """Lets go of files and connections."""
+
+
+def open_state(where: str, synchronous: Synchronous = "full") -> State:
+    """Opens the store of a server's state.
+
+    Args:
+      where: A folder, made if it is not there, or ``redis://HOST:PORT/DB``.
+      synchronous: Of a folder: ``full`` waits for the disk at each commit, ``normal`` does not. A
+        Redis has its own settings.
+
+    Raises:
+      StateError: it cannot be reached or written, is damaged, newer than this code, or a folder
+        that another server uses.
+      ConfigError: the address of a Redis is none.
+      SetupError: the package redis is missing.
+    """
+    if where.startswith(("redis://", "rediss://")):
+        try:
+            from tfrec.serving.redis_state import RedisState
+        except ModuleNotFoundError:
+            raise SetupError(
+                f"{where.split(':')[0]}:// needs a package; install it with: pip install "
+                '"tfrec[serve]", or give a folder as the state'
+            ) from None
+        return RedisState(where)
+    from tfrec.serving.sqlite_state import SqliteState
+
+    return SqliteState(where, synchronous)
+
+
+def check_events(events: Iterable[Event]) -> None:
+    """Refuses what no store could give back as it was.
+
+    Raises:
+      InputError: a text is no Unicode, or a number is not finite.
+    """
+    for event in events:
+        check_text("an event", event.event_id + event.user_id + event.item_id + event.event)
+        for name, number in (("timestamp", event.timestamp), ("value", event.value)):
+            if number is not None and not math.isfinite(number):
+                raise InputError(
+                    f"the {name} of event {event.event_id!r} is {number}; expected a number"
+                )
+
+
+def check_items(items: Iterable[Item]) -> None:
+    """As :func:`check_events`, of items.
+
+    Raises:
+      InputError: a text is no Unicode, or the time is not finite.
+    """
+    for item in items:
+        cells = "".join(name + cell for name, cell in item.attributes.items())
+        check_text("an item", item.item_id + item.title + item.text + cells)
+        if not math.isfinite(item.created):
+            raise InputError(f"item {item.item_id!r} was created at {item.created}: no time")
+
+
+def check_text(whose: str, text: str) -> None:
+    """Refuses text that is no Unicode.
+
+    Raises:
+      InputError: a character of it is half a one, which UTF-8 cannot say.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{whose} holds {text[error.start]!r}, half a character; send whole ones"
+        ) from None

@@ -20,7 +20,7 @@ from tfrec.config import RecommendConfig, recommend_section
 from tfrec.data.raw import read_table
 from tfrec.data.tables import open_table
 from tfrec.errors import ArtifactError, InputError
-from tfrec.recommender import Recommended, Recommender, Request
+from tfrec.recommender import Met, Recommended, Recommender, Request
 
 PIECE = 512
 
@@ -139,7 +139,8 @@ def _answers(
 
 def _check_ids(recommender: Recommender, request: Request) -> None:
     """Unknown items to choose among are an error; elsewhere they are said and left out."""
-    for name, ids in (("--history", request.history), ("--exclude", request.exclude)):
+    history = [met.item_id for met in map(Met.of, request.history)]
+    for name, ids in (("--history", history), ("--exclude", request.exclude)):
         unknown = [i for i in ids if not recommender.catalog.row(i)]
         if unknown:
             print(f"tfrec: {name}: there is no item '{unknown[0]}'; left out", file=sys.stderr)

@@ -1,0 +1,108 @@
+"""Served: what of a catalog reaches people: how much, how popular, how diverse, from where."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+TENTHS = 10
+
+
+class Served:
+    """Counts of the lists that were answered, by row of the catalog.
+
+    Rows past the end are items that were added since: they belong to the least popular tenth. Any
+    number of threads may record and read.
+
+    Args:
+      popularity: float or int [rows], events of each item; row 0 is no item, as in a catalog.
+    """
+
+    def __init__(self, popularity: ArrayLike) -> None:
+        self._tenth = _tenths(np.asarray(popularity)[1:])
+        self.catalog = len(self._tenth) - 1
+        self._times = np.zeros(len(self._tenth), np.int64)
+        self._lock = threading.Lock()
+        self._by_tenth = np.zeros(TENTHS, np.int64)
+        self._sources: dict[str, int] = {}
+        self._diverse, self._diversity = 0, 0.0
+        self.lists = self.distinct = 0
+
+    def record(
+        self, rows: ArrayLike, sources: Sequence[str], diversity: float | None = None
+    ) -> None:
+        """Counts a list.
+
+        Args:
+          rows: int [k], each item's row in the catalog; no item twice.
+          sources: Where each is from: ``behaviour``, ``text``, ``popular``, ...
+          diversity: :func:`diversity` of the list; None: not known.
+        """
+        places = np.asarray(rows, np.int64)
+        with self._lock:
+            if len(places) and (last := int(places.max())) >= len(self._times):
+                self._grow(last + 1)
+            self.distinct += int(np.count_nonzero(self._times[places] == 0))
+            self._times[places] += 1
+            self._by_tenth += np.bincount(self._tenth[places], minlength=TENTHS)
+            for source in sources:
+                self._sources[source] = self._sources.get(source, 0) + 1
+            self.lists += 1
+            if diversity is not None:
+                self._diverse += 1
+                self._diversity += diversity
+
+    def resized(self, items: int) -> None:
+        """Says how many items there are now that some were added or deleted."""
+        self.catalog = items
+
+    def summary(self) -> dict[str, Any]:
+        """``lists``, ``distinct_items``, ``catalog``, ``coverage`` and what else is counted.
+
+        ``popularity_deciles`` are shares of the places of all lists, most popular tenth first;
+        ``diversity`` is None as long as there is none.
+        """
+        with self._lock:
+            places = max(1, int(self._by_tenth.sum()))
+            return {
+                "lists": self.lists,
+                "distinct_items": self.distinct,
+                "catalog": self.catalog,
+                "coverage": round(min(1.0, self.distinct / max(1, self.catalog)), 6),
+                "popularity_deciles": [round(n / places, 6) for n in self._by_tenth.tolist()],
+                "diversity": round(self._diversity / self._diverse, 6) if self._diverse else None,
+                "sources": dict(self._sources),
+            }
+
+    def _grow(self, rows: int) -> None:
+        added = max(rows, len(self._times) * 5 // 4) - len(self._times)
+        self._times = np.concatenate([self._times, np.zeros(added, np.int64)])
+        self._tenth = np.concatenate([self._tenth, np.full(added, TENTHS - 1, np.int8)])
+
+
+def diversity(vectors: ArrayLike) -> float | None:
+    """Mean of 1 - cosine over the pairs of a list; None: there is no pair.
+
+    Args:
+      vectors: float [k, width], of any length; a vector of zeros is like no other.
+    """
+    found: NDArray[np.float32] = np.asarray(vectors, np.float32)
+    if len(found) < 2:
+        return None
+    lengths = np.sqrt(np.einsum("kd,kd->k", found, found))
+    units = found / np.where(lengths > 0, lengths, 1)[:, None]
+    total = units.sum(0)
+    pairs = len(found) * (len(found) - 1)
+    return 1.0 - float(total @ total - np.count_nonzero(lengths)) / pairs
+
+
+def _tenths(popularity: NDArray[Any]) -> NDArray[np.int8]:
+    """int8 [rows]: 0 for the most popular tenth; ties go by row. Row 0 takes no part."""
+    found = np.full(len(popularity) + 1, TENTHS - 1, np.int8)
+    order = np.argsort(-popularity.astype(np.float64), kind="stable")
+    found[1 + order] = np.arange(len(order)) * TENTHS // max(1, len(order))
+    return found

@@ -1,0 +1,228 @@
+"""Server: a bundle behind a port, from the first byte read to the last request answered."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import ipaddress
+import logging
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tfrec.config import ServeConfig
+from tfrec.errors import ConfigError, SetupError
+from tfrec.serving import logs, traces, versions
+from tfrec.serving.app import create_app
+from tfrec.serving.exposures import ExposureLog
+from tfrec.serving.keys import Keys
+from tfrec.serving.security import Guard
+from tfrec.serving.served import Served
+from tfrec.serving.service import Service
+from tfrec.serving.state import State, open_state
+from tfrec.serving.telemetry import Observer, Telemetry
+
+_log = logging.getLogger("tfrec.serving")
+
+RATE = 50.0
+"""Requests a second of one key or address, where others can ask and nothing else is said."""
+
+_GRACE = 20  # seconds for requests that are under way when the server is told to end
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things lie beside the bundle.
+
+    Attributes:
+      folder: Of what is not in Redis.
+      state: What :func:`open_state` is given.
+    """
+
+    folder: Path
+    state: str
+
+    @classmethod
+    def of(cls, bundle: Path, settings: ServeConfig) -> Place:
+        """The folder of the state, or one beside the bundle where that is in Redis."""
+        beside = versions.state_folder(bundle)
+        if settings.state.startswith(("redis://", "rediss://")):
+            return cls(beside, settings.state)
+        folder = Path(settings.state) if settings.state else beside
+        return cls(folder, str(folder))
+
+
+def serve(bundle: Path, settings: ServeConfig) -> int:
+    """Runs a server until it is told to end.
+
+    Args:
+      bundle: The folder.
+      settings: Of the server.
+
+    Returns:
+      The exit code, 0.
+
+    Raises:
+      ArtifactError: there is no bundle, or it is damaged.
+      ConfigError: others could reach the server and there is no API key.
+      SetupError: the port is in use, or the state cannot be opened.
+    """
+    lines = logs.start()
+    try:
+        with _listening(settings) as listener, running(bundle, settings) as app:
+            address = _address(listener)
+            server = uvicorn.Server(_uvicorn(app, settings))
+            # After start-up nearly nothing becomes garbage that was there before.
+            gc.collect()
+            gc.freeze()
+            print(f"serving {bundle} at {address}  (Ctrl-C ends it)", flush=True)
+            server.run(sockets=[listener])
+    finally:
+        lines.close()
+    return 0
+
+
+@contextlib.contextmanager
+def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
+    """The guarded application of a bundle, from start to end.
+
+    Args:
+      bundle: The folder.
+      settings: Of the server.
+
+    Yields:
+      An ASGI application that is ready to answer.
+    """
+    loopback = _is_loopback(settings.host)
+    place = Place.of(bundle, settings)
+    versions.check(bundle)
+    keys = _keys(place, settings, loopback)
+    with contextlib.ExitStack() as stack:
+        state = open_state(place.state, settings.synchronous)
+        stack.callback(state.close)
+        service = Service(bundle, settings, state)
+        service.start()
+        stack.callback(service.close)
+        tracer = traces.open_tracer()
+        if tracer is not None:
+            stack.callback(tracer.close)
+        exposures = _exposures(place, settings)
+        if exposures is not None:
+            stack.callback(exposures.close)
+        telemetry = _telemetry(service, exposures, _salt(state, settings), tracer)
+        app = create_app(service, settings, telemetry, exposures)
+        guarded = Guard(
+            app,
+            keys=keys,
+            required=not loopback,
+            rate=settings.rate or (0.0 if loopback else RATE),
+            max_body=settings.max_body,
+            max_import=settings.max_import,
+            loopback=loopback,
+        )
+        yield Observer(guarded, telemetry)
+
+
+def _telemetry(
+    service: Service, exposures: ExposureLog | None, salt: bytes, tracer: Any
+) -> Telemetry:
+    chain = service.versions.of("").chain
+    telemetry = Telemetry(Served(chain.popularity), salt, tracer)
+    telemetry.served.resized(len(chain.index.ids))
+    telemetry.versions(dict(service.versions.shares))
+    telemetry.gauge("tfrec_waiting", "Requests that wait for the models", lambda: service.waiting)
+    if exposures is not None:
+        about = "Rows of the log of what was shown that were lost"
+        telemetry.counter("tfrec_exposures_dropped", about, lambda: exposures.dropped)
+    return telemetry
+
+
+def _exposures(place: Place, settings: ServeConfig) -> ExposureLog | None:
+    if not settings.exposures:
+        return None
+    folder = place.folder / "exposures"
+    return ExposureLog(folder, settings.exposure_rows, settings.exposure_seconds)
+
+
+def _salt(state: State, settings: ServeConfig) -> bytes:
+    """What is mixed into hashed ids: the same after a restart."""
+    if settings.log_salt:
+        return settings.log_salt.encode()
+    if not state.get("log_salt"):
+        state.set("log_salt", secrets.token_hex(16))
+    return state.get("log_salt").encode()
+
+
+def _keys(place: Place, settings: ServeConfig, loopback: bool) -> Keys | None:
+    if loopback:
+        return None
+    path = Path(settings.keys) if settings.keys else place.folder / "keys.json"
+    keys = Keys(path)
+    if not keys.listing():
+        raise ConfigError(
+            f"serve.host = '{settings.host}' lets others in, and {path} holds no API key; make one "
+            f"with: tfrec keys create --role admin --file {path}"
+        )
+    return keys
+
+
+def _uvicorn(app: Any, settings: ServeConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        lifespan="off",
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_GRACE,
+        backlog=2048,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+
+
+@contextlib.contextmanager
+def _listening(settings: ServeConfig) -> Iterator[socket.socket]:
+    """A socket at the host and port.
+
+    Raises:
+      SetupError: the port is in use, or may not be used, or there is no such address.
+    """
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )[0]
+    except OSError:
+        raise SetupError(f"there is no address '{settings.host}'; give another --host") from None
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(where)
+            listener.listen(2048)
+        except OSError as error:
+            raise SetupError(
+                f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; "
+                "give another with --port"
+            ) from None
+        listener.setblocking(False)
+        yield listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False

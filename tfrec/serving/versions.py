@@ -1,0 +1,285 @@
+"""Versions: the loaded versions of a bundle, who gets which, and how one takes another's place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfrec import steps as step_room
+from tfrec.artifact import MANIFEST
+from tfrec.bundle import VERSIONS, Bundle, versions
+from tfrec.config import Config, StepsConfig
+from tfrec.engines import recommender_of
+from tfrec.errors import ArtifactError, ConfigError, InputError, TfrecError
+from tfrec.serving.asking import Ask, answers, served_policy
+from tfrec.serving.live import LiveRecommender
+from tfrec.serving.schemas import RecommendBody
+from tfrec.serving.state import Item, State
+
+POLICY = "policy.toml"
+"""In a bundle, beside its versions: the steps of serving, where they are not the defaults."""
+
+_NOT_SERVED = ("tf-serving/", "golden/", "examples/")
+_BULK = 64  # items that are encoded together
+_WARM = 3
+
+
+@dataclass(eq=False)
+class Version:
+    """One loaded version.
+
+    Attributes:
+      name: Its number as text.
+      chain: Its recommender.
+      steps: How lists are made.
+      policy: Digest of policy and steps, for the log of what was shown.
+      changes: Number of the last change of items that it knows.
+    """
+
+    name: str
+    chain: LiveRecommender
+    steps: StepsConfig
+    policy: str
+    changes: int = 0
+
+    def catch_up(self, state: State) -> int:
+        """Takes in the items that were put or deleted since; how many."""
+        pending: list[Item] = []
+        count = 0
+        for number, item in state.items(self.changes):
+            count += 1
+            if item.deleted:
+                self._put(pending, state)
+                pending = []
+                self.chain.remove(item.item_id)
+            else:
+                pending.append(item)
+            if len(pending) == _BULK:
+                self._put(pending, state)
+                pending = []
+            self.changes = number
+        self._put(pending, state)
+        return count
+
+    def _put(self, items: list[Item], state: State) -> None:
+        if not items:
+            return
+        key = f"text:{self.policy_of_texts}"
+        kept = state.vectors(key, [item.item_id for item in items])
+        made = self.chain.put(items, kept)
+        if made:
+            state.put_vectors(key, made)
+
+    policy_of_texts: str = ""
+
+    def warm(self) -> None:
+        """Asks a few questions, so that the first visitor does not wait for what happens once."""
+        ids = self.chain.catalog.ids[1 : self.chain.policy.history + 1]
+        for count in (1, len(ids)):
+            for _ in range(_WARM):
+                body = RecommendBody(history=list(ids[:count]), explain=True, diversity=0.1)
+                answers([Ask(body, "warm-up")], self.chain, self.steps)
+        if self.chain.text.shape[1]:
+            answers([Ask(RecommendBody(profile="warm"), "warm-up")], self.chain, self.steps)
+
+
+def read_steps(bundle: Path, attributes: Mapping[str, object]) -> StepsConfig:
+    """The steps of a bundle's ``policy.toml``; the defaults where there is none.
+
+    Raises:
+      ConfigError: it is damaged, or names what there is not.
+    """
+    path = bundle / POLICY
+    try:
+        tree = tomllib.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        steps = Config.parse({"steps": tree.get("steps", tree)}).steps
+        step_room.check(steps, attributes)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return steps
+
+
+def load(bundle: Path, number: int, threads: int, engine: Callable[[Any], Any]) -> Version:
+    """Reads a version, checks what serving reads of it, and makes it ready to change.
+
+    Args:
+      bundle: The folder.
+      number: Of the version.
+      threads: That compute.
+      engine: What makes another engine of the version's own.
+
+    Raises:
+      ArtifactError: it is damaged.
+      ConfigError: the bundle's ``policy.toml`` is wrong.
+    """
+    found = Bundle.load(bundle, number, check=False)
+    found.artifact.check(without=_NOT_SERVED)
+    chain = LiveRecommender.of(recommender_of(found, threads))
+    chain.engine = engine(chain.engine)
+    steps = read_steps(bundle, chain.catalog.attributes)
+    learned = chain.policy
+    finds = 1 + (chain.linear is not None and learned.uses("linear"))
+    finds += bool(chain.text.shape[1]) and learned.uses("text")
+    chain.policy = served_policy(learned, steps, finds)
+    told = json.dumps([learned.dump(), steps.model_dump(mode="json")], sort_keys=True)
+    return Version(
+        name=str(number),
+        chain=chain,
+        steps=steps,
+        policy=hashlib.sha256(told.encode()).hexdigest()[:16],
+        policy_of_texts=_digest_of_texts(found),
+    )
+
+
+def _digest_of_texts(bundle: Bundle) -> str:
+    """Digest of the text model: versions that share it share the vectors of new items' texts."""
+    files = {
+        n: e["sha256"] for n, e in bundle.artifact.files.items() if n.startswith("litert/text")
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Versions:
+    """The versions of a bundle that are loaded, and the share of users that each gets.
+
+    What is read (:meth:`of`) needs no lock: shares and versions are replaced in one step.
+
+    Args:
+      bundle: The folder.
+      state: Keeps which versions are active.
+      make: Loads a version by its number.
+    """
+
+    def __init__(self, bundle: Path, state: State, make: Callable[[int], Version]) -> None:
+        self.bundle, self.state, self._make = bundle, state, make
+        self.loaded: dict[str, Version] = {}
+        self.shares: tuple[tuple[str, float], ...] = ()
+        self.failed: dict[str, str] = {}
+        self.loading: set[str] = set()
+
+    def of(self, key: str) -> Version:
+        """The version of a user: always the same one for the same key, as long as shares stay."""
+        shares, loaded = self.shares, self.loaded
+        drawn = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest()) / 2**48
+        for name, share in shares:
+            drawn -= share
+            if drawn < 0:
+                return loaded[name]
+        return loaded[shares[-1][0]]
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest finished version on disk; 0: none."""
+        return max(versions(self.bundle), default=0)
+
+    def wanted(self) -> list[tuple[str, float]]:
+        """The shares activated last, if their versions are still there; else the newest alone."""
+        try:
+            told = json.loads(self.state.get("active") or "[]")
+            shares = [(str(name), float(share)) for name, share in told]
+        except (ValueError, TypeError):
+            shares = []
+        there = {str(number) for number in versions(self.bundle)}
+        if shares and all(name in there for name, _ in shares):
+            return shares
+        if not self.newest:
+            raise ArtifactError(
+                f"{self.bundle} has no finished version; make one with `tfrec export`"
+            )
+        return [(str(self.newest), 1.0)]
+
+    def load(self, name: str) -> Version:
+        """Reads a version, with all items that were put, and warms it.
+
+        Raises:
+          InputError: there is no such version.
+          TfrecError: it is damaged; what is served stays as it is.
+        """
+        if name in self.loaded:
+            return self.loaded[name]
+        if not name.isdigit() or int(name) not in versions(self.bundle):
+            known = ", ".join(map(str, versions(self.bundle))) or "none"
+            raise InputError(f"there is no version '{name}'; there are: {known}")
+        self.loading.add(name)
+        try:
+            found = self._make(int(name))
+            found.catch_up(self.state)
+            found.warm()
+        except TfrecError as error:
+            self.failed[name] = str(error)
+            raise
+        finally:
+            self.loading.discard(name)
+        self.failed.pop(name, None)
+        return found
+
+    def shared(self, name: str, share: float) -> list[tuple[str, float]]:
+        """The shares when a version gets ``share``: the others keep their proportions."""
+        others = [(other, part) for other, part in self.shares if other != name]
+        total = sum(part for _, part in others)
+        rest = [(other, part / total * (1 - share)) for other, part in others] if share < 1 else []
+        return [*rest, (name, share if rest else 1.0)]
+
+    def use(self, shares: list[tuple[str, float]], ready: Mapping[str, Version]) -> None:
+        """Serves these shares from now on; versions that have none are let go."""
+        known = {**self.loaded, **ready}
+        self.loaded = {**known}
+        self.shares = tuple(shares)
+        self.loaded = {name: known[name] for name, _ in shares}
+
+    def told(self) -> list[dict[str, Any]]:
+        """What there is, newest first, as the answer of ``/v1/models`` has it."""
+        shares = dict(self.shares)
+        out = []
+        for number in sorted(versions(self.bundle), reverse=True):
+            name = str(number)
+            manifest = _manifest(self.bundle, name)
+            state = (
+                "active" if name in shares else "loading" if name in self.loading else "available"
+            )
+            out.append(
+                {
+                    "version": name,
+                    "state": "failed" if name in self.failed and name not in shares else state,
+                    "share": shares.get(name, 0.0),
+                    "created": manifest.get("created", ""),
+                    "metrics": manifest.get("metrics", {}),
+                    "error": self.failed.get(name),
+                }
+            )
+        return out
+
+
+def _manifest(bundle: Path, name: str) -> dict[str, Any]:
+    try:
+        text = (bundle / VERSIONS / name / MANIFEST).read_text("utf-8")
+        found: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def check(bundle: Path) -> None:
+    """Refuses what is no bundle with a version to serve, before anything is made beside it.
+
+    Raises:
+      ArtifactError: there is none.
+    """
+    Bundle.load(bundle, check=False)
+
+
+def state_folder(bundle: str | os.PathLike[str]) -> Path:
+    """Where the state lies unless it is said: beside the bundle."""
+    path = Path(bundle)
+    return path.with_name(f"{path.name}.state")
