@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
-from tfrec.bundle import EXAMPLES, SERVING, save_codes, save_rows
+from tfrec.bundle import ARRAYS, EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
@@ -214,7 +214,8 @@ def _write_saved_models(
     (folder / EXAMPLES).mkdir()
     for name, inputs in asked.items():
         place = folder / SERVING / name
-        serving.warm_up(place, name, inputs)
+        arrays = made[name]["signatures"].get(ARRAYS)
+        serving.warm_up(place, name, inputs, arrays and serving.blank(arrays["inputs"]))
         body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
         write_json(folder / EXAMPLES / f"{name}.request.json", body)
         answer = {"outputs": serving.as_rest(serving.answers(place, inputs, made[name]["needs"]))}
