@@ -696,6 +696,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     ]
     settings = Config.load("files", [*arguments.settings, *told]).serve
+    # NumPy's products here are small: threads for them cost more than they save, and take the
+    # cores from the models. It reads this when it is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from tfrec.serving.server import serve
     except ModuleNotFoundError as error:

@@ -933,10 +933,10 @@ class Recommender:
         return self.users.row(request.user_id) if known else -1
 
     def _history(self, row: int, request: Request) -> Histories:
-        known = self._histories.take([row] if row >= 0 else [])
+        known = self._histories.take([row]) if row >= 0 else _NO_EVENTS
         met = self.met(request)
         if not met:
-            return known if row >= 0 else _NO_EVENTS
+            return known
         newest = int(known.timestamp[-1]) if len(known.item) else int(request.time or 0)
         times = []
         for event in met:
@@ -944,14 +944,21 @@ class Recommender:
             times.append(newest)
         names = self.coding.event_names
         events = self.coding.events([m.event if m.event in names else names[0] for m in met])
-        ratings = np.array([np.nan if m.rating is None else m.rating for m in met], np.float32)
-        item = np.concatenate([known.item, self.catalog.rows([m.item_id for m in met])])
+        if any(m.rating is not None for m in met):
+            told = np.array([np.nan if m.rating is None else m.rating for m in met], np.float32)
+            ratings = self.coding.ratings(told)
+        else:
+            ratings = np.zeros(len(met), np.int32)
+        rows, when = self.catalog.rows([m.item_id for m in met]), np.array(times, np.int64)
+        if not len(known.item):
+            return Histories(np.array([0, len(rows)], np.int64), rows, events, ratings, when)
+        item = np.concatenate([known.item, rows])
         return Histories(
             np.array([0, len(item)], np.int64),
             item,
             np.concatenate([known.event, events]),
-            np.concatenate([known.rating, self.coding.ratings(ratings)]),
-            np.concatenate([known.timestamp, np.array(times, np.int64)]),
+            np.concatenate([known.rating, ratings]),
+            np.concatenate([known.timestamp, when]),
         )
 
     def met(self, request: Request) -> list[Met]:

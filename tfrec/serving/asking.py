@@ -166,8 +166,7 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
 
 
 def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: float) -> Slate:
-    n = max(len(best.rows), 0)
-    now = time.time()
+    n = len(best.rows)
     rows = best.rows.tolist()
 
     def values(column: str) -> list[list[str]]:
@@ -179,7 +178,7 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
         scores=best.scores,
         vectors=vectors,
         values=values,
-        age=np.array([now - chain.created.get(row, -np.inf) for row in rows], np.float64),
+        age=_ages(chain, rows),
         places=k,
         diversity=diversity,
         random=np.random.default_rng(zlib.crc32(ask.request_id.encode())),
@@ -187,6 +186,14 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
         moved=("",) * n,
         before=np.arange(n),
     )
+
+
+def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
+    """float64 (n,), seconds since items were put; infinite for those of the bundle."""
+    if not chain.created:
+        return np.full(len(rows), np.inf)
+    now = time.time()
+    return np.array([now - chain.created.get(row, -np.inf) for row in rows], np.float64)
 
 
 def _item(chain: LiveRecommender, best: Ranked, place: int, score: float) -> dict[str, Any]:

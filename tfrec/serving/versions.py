@@ -125,7 +125,7 @@ def load(bundle: Path, number: int, threads: int, engine: Callable[[Any], Any]) 
     """
     found = Bundle.load(bundle, number, check=False)
     found.artifact.check(without=_NOT_SERVED)
-    chain = LiveRecommender.of(recommender_of(found, threads))
+    chain = LiveRecommender.of(recommender_of(found, threads, small=1))
     chain.engine = engine(chain.engine)
     steps = read_steps(bundle, chain.catalog.attributes)
     learned = chain.policy
