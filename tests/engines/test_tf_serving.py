@@ -4,14 +4,17 @@ The server is a small one of ours with the real service definitions, on SavedMod
 TensorFlow.
 """
 
+import asyncio
 import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import checkerboard as board
 import grpc
+import httpx
 import numpy as np
 import pytest
 from serving_server import Models, Service, grpc_at
@@ -19,6 +22,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from tiny_bert import write_tiny_bert
 
 from tfrec.bundle import Bundle
+from tfrec.config import Config
 from tfrec.engines import engine_of, recommender_of
 from tfrec.engines.tf_serving import TfServingEngine
 from tfrec.errors import ConfigError, InputError, SetupError
@@ -390,3 +394,34 @@ class TestTheSetting:
     def test_others(self, bundle, local, setting):
         with pytest.raises(ConfigError, match="neither litert nor tf-serving://HOST:PORT"):
             engine_of(setting, bundle, local.engine)
+
+
+def test_a_server_of_tfrec_asks_it_and_goes_on_without_it(bundle, service, tmp_path, caplog):
+    """The whole server but the port, by HTTP."""
+    from tfrec.serving.server import running
+
+    def recommend(app):
+        async def ask():
+            way = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=way, base_url="http://x") as to:
+                answer = await to.post("/v1/recommend", json={"history": ["i2", "i4"], "k": 5})
+                return answer, (await to.get("/metrics")).text
+
+        return asyncio.run(ask())
+
+    with caplog.at_level(logging.INFO), ExitStack() as server, ExitStack() as stack:
+        port = server.enter_context(grpc_at(service))
+        engine = f"tf-serving://127.0.0.1:{port}"
+        told = {"serve.engine": engine, "serve.engine_timeout": 30.0, "serve.watch": 0.0}
+        told |= {"serve.state": str(tmp_path / "state")}
+        app = stack.enter_context(running(bundle.path, Config().changed(told).serve))
+        by_server, metrics = recommend(app)
+        server.close()
+        by_litert, later = recommend(app)
+    assert f"127.0.0.1:{port} runs version 1 of" in caplog.text
+    assert by_server.status_code == by_litert.status_code == 200
+    ids = [[item["item_id"] for item in one.json()["items"]] for one in (by_server, by_litert)]
+    assert ids[0] == ids[1]
+    assert "tfrec_engine_fallbacks_total 0.0" in metrics
+    assert "tfrec_engine_fallbacks_total 0.0" not in later
+    assert service.asked > 4

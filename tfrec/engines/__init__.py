@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tfrec.bundle import Bundle
+from tfrec.engines.breaker import Status
 from tfrec.engines.litert import (
     LiteRTEngine,
     LiteRTModel,
@@ -20,6 +21,7 @@ __all__ = [
     "Model",
     "Models",
     "ModelsEngine",
+    "Status",
     "TextModel",
     "engine_of",
     "recommender_of",

@@ -16,6 +16,7 @@ from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
+from tfrec.engines.breaker import Status
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.index import Index, load_index, make_index
 from tfrec.index.exact import cores
@@ -162,6 +163,14 @@ class ModelsEngine:
 
     def __init__(self, models: Models, history: int, tasks: Sequence[str] = ()) -> None:
         self.models, self.history, self.tasks = models, history, tuple(tasks)
+
+    def check(self) -> str:
+        """One line on whether the server is there that runs them; empty: they need none."""
+        return ""
+
+    def status(self) -> Status:
+        """How that server does; ``ok`` without a call where they need none."""
+        return Status()
 
     def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
         """See :class:`tfrec.recommender.Engine`.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import ipaddress
 import logging
+import operator
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from tfrec.bundle import Bundle
 from tfrec.config import ServeConfig
+from tfrec.engines import LITERT, ModelsEngine, Status, engine_of
 from tfrec.errors import ConfigError, SetupError
 from tfrec.serving import logs, traces, versions
 from tfrec.serving.app import create_app
@@ -31,6 +35,13 @@ _log = logging.getLogger("tfrec.serving")
 
 RATE = 50.0
 """Requests a second of one key or address, where others can ask and nothing else is said."""
+
+_ENGINE = {
+    "calls": "that a server was to answer",
+    "failed": "to which it gave no good answer",
+    "retried": "of which it was asked twice",
+    "fallbacks": "that LiteRT answered for it",
+}
 
 _GRACE = 20  # seconds for requests that are under way when the server is told to end
 
@@ -105,7 +116,7 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         state = open_state(place.state, settings.synchronous)
         stack.callback(state.close)
-        service = Service(bundle, settings, state)
+        service = Service(bundle, settings, state, functools.partial(_engine, settings))
         service.start()
         stack.callback(service.close)
         tracer = traces.open_tracer()
@@ -128,6 +139,14 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
         yield Observer(guarded, telemetry)
 
 
+def _engine(settings: ServeConfig, version: Bundle, own: ModelsEngine) -> ModelsEngine:
+    """The engine of a version, as ``serve.engine`` names it; says whether its server is there."""
+    found = engine_of(settings.engine, version, own, settings.engine_timeout)
+    if said := found.check():
+        _log.info(said)
+    return found
+
+
 def _telemetry(
     service: Service, exposures: ExposureLog | None, salt: bytes, tracer: Any
 ) -> Telemetry:
@@ -136,10 +155,29 @@ def _telemetry(
     telemetry.served.resized(len(chain.index.ids))
     telemetry.versions(dict(service.versions.shares))
     telemetry.gauge("tfrec_waiting", "Requests that wait for the models", lambda: service.waiting)
+    if service.settings.engine != LITERT:
+        _add_engines(telemetry, service)
     if exposures is not None:
         about = "Rows of the log of what was shown that were lost"
         telemetry.counter("tfrec_exposures_dropped", about, lambda: exposures.dropped)
     return telemetry
+
+
+def _add_engines(telemetry: Telemetry, service: Service) -> None:
+    """Figures of the engines of the versions that are loaded."""
+
+    def total(value: Callable[[Status], float]) -> Callable[[], float]:
+        def now() -> float:
+            engines = [version.chain.engine for version in service.versions.loaded.values()]
+            return sum(value(one.status()) for one in engines if isinstance(one, ModelsEngine))
+
+        return now
+
+    away = total(lambda status: status.since is not None)
+    telemetry.gauge("tfrec_engine_away", "Versions whose server is away", away)
+    for name, about in _ENGINE.items():
+        value = total(operator.attrgetter(name))
+        telemetry.counter(f"tfrec_engine_{name}", f"Calls of models {about}", value)
 
 
 def _exposures(place: Place, settings: ServeConfig) -> ExposureLog | None:
