@@ -305,7 +305,7 @@ class App:
         """Adds or changes many items, one JSON object on each line."""
         done, errors, number = 0, [], 0
         items: list[Item] = []
-        async for line in _lines(request):
+        async for line in _lines(request, self.settings.max_body):
             number += 1
             if not line.strip():
                 continue
@@ -445,6 +445,7 @@ class App:
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus reads."""
+        self.telemetry.versions(dict(self.service.versions.shares))  # others may have changed them
         return Response(self.telemetry.render(), media_type=CONTENT_TYPE)
 
     # --- how all of them work --------------------------------------------------------------------
@@ -579,14 +580,20 @@ def _some_users(
     return [one for one in out if one["user_id"] not in gone]
 
 
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    rest = b""
+async def _lines(request: Request, longest: int) -> AsyncIterator[bytes]:
+    rest, number = bytearray(), 1
     async for chunk in request.stream():
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line
+        *ends, begin = chunk.split(b"\n")
+        for end in ends:
+            yield bytes(rest + end)
+            rest.clear()
+            number += 1
+        rest += begin
+        if len(rest) > longest:
+            message = f"line {number} is longer than {longest} bytes; the lines before it were put"
+            raise RefusedError("too_large", message)
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def _memory() -> int:
