@@ -7,7 +7,7 @@ import { number } from "./texts.js";
 export function bar(value, low, high, kind = "") {
   const at = (x) => ((x - low) / (high - low || 1)) * 100;
   const from = at(Math.min(0, value));
-  const wide = Math.max(0.8, Math.abs(at(value) - at(0)));
+  const wide = value ? Math.max(0.8, Math.abs(at(value) - at(0))) : 0;
   const told = { viewBox: "0 0 100 10", preserveAspectRatio: "none", class: `bar ${kind}`, "aria-hidden": "true", focusable: "false" };
   return svg("svg", told, svg("rect", { class: "bar-ground", width: 100, height: 10 }), svg("rect", { class: value < 0 ? "bar-less" : "bar-more", x: from, width: wide, height: 10 }), low < 0 ? svg("rect", { class: "bar-zero", x: at(0) - 0.25, width: 0.5, height: 10 }) : null);
 }
