@@ -63,7 +63,7 @@ function drawn(values, most, kind) {
     if (i && values[i - 1] != null) runs.at(-1).push(at(value, i));
     else runs.push([at(value, i)]);
   });
-  return runs.map((run) => svg("path", { class: `line ${kind}`, d: run.length > 1 ? `M${run.join(" L")}` : `M${run[0]} h0.1` }));
+  return runs.map((run) => svg("path", { class: `line ${kind} ${run.length > 1 ? "" : "alone"}`, d: run.length > 1 ? `M${run.join(" L")}` : `M${run[0]} h0.1` }));
 }
 
 /** One bar in parts, with a legend that names them: [[name, value, kind], …]. */

@@ -55,8 +55,8 @@ async function searched() {
 /** What the visitor did so far, as the service knows it and as it is about to. */
 async function remembered() {
   const { user_id } = page.who;
-  const { history: events } = await api.user(user_id);
-  if (user_id === page.who.user_id) page.taste = new Taste([...events, ...pending(user_id)]);
+  const { history: events, earlier } = await api.user(user_id);
+  if (user_id === page.who.user_id) page.taste = new Taste([...events, ...pending(user_id)], earlier);
 }
 
 // ---- What is shown ----
@@ -165,7 +165,7 @@ const handlers = (shelf) => ({
   act,
   open(card) {
     const place = shelf.ids().indexOf(card.item.item_id) + 1;
-    panel({ item: card.item, place, shelf: shelf.told.key, version: page.answer.version, request: page.answer.request }, { taste: page.taste, act, user: page.who.user_id });
+    panel({ item: card.item, place, shelf: shelf.told, version: page.answer.version, request: page.answer.request }, { taste: page.taste, act, user: page.who.user_id });
   },
 });
 

@@ -48,9 +48,14 @@ function account(seen) {
   );
 }
 
+/** In a sentence: first what the shelf itself says, then what the service says of the item. */
 function reason(item, shelf) {
-  const key = item.explanation?.sentence_key ?? (shelf === "search" ? "search" : item.source);
-  return t(has(`why.${key}`) ? `why.${key}` : `why.${has(`why.${item.source}`) ? item.source : "unknown"}`);
+  const { key, about } = shelf;
+  if (item.source === "exploration") return t("why.exploration");
+  if (about) return t("why.about", { title: named(about.title).name });
+  if (key === "popular" || key === "search") return t(`why.${key}`);
+  const told = [item.explanation?.sentence_key, item.source].find((one) => has(`why.${one}`));
+  return t(told ? `why.${told}` : "why.unknown");
 }
 
 const name = (kind, key) => (has(`${kind}.${key}`) ? t(`${kind}.${key}`) : key);
@@ -116,7 +121,7 @@ async function alike(item, list, page, dialog) {
       const { name: words } = named(found.title);
       const next = () => {
         dialog.close();
-        panel({ item: found, shelf: "similar", version: answer.model_version, request: answer.request_id }, page);
+        panel({ item: found, shelf: { key: "similar", about: item }, version: answer.model_version, request: answer.request_id }, page);
       };
       return el("li", {}, el("button", { type: "button", class: "mini", on: { click: next }, "aria-label": t("card.open", { title: words }) }, cover(found), el("span", { class: "mini-title", text: words })));
     };

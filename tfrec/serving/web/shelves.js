@@ -35,8 +35,9 @@ export class Shelf {
   }
 
   name() {
-    if (this.told.key === "because") return t("shelf.because", { title: named(this.told.about?.title ?? "").name });
-    return this.told.name ?? t(`shelf.${this.told.key}`);
+    const { key, about } = this.told;
+    if (key === "because") return t(this.taste.likes(about.item_id) ? "shelf.because" : "shelf.because_chosen", { title: named(about.title).name });
+    return this.told.name ?? t(`shelf.${key}`);
   }
 
   arrows(name) {

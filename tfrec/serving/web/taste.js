@@ -2,14 +2,23 @@
 
 export class Taste {
   #known = new Map();
+  #fond = new Set();
 
-  constructor(events = []) {
+  /** `earlier`: what the bundle knows of him; it has no likes as the page has them, but ratings. */
+  constructor(events = [], earlier = []) {
+    for (const event of [...earlier, ...events]) if (welcome(event)) this.#fond.add(event.item_id);
     for (const event of events) this.learn(event);
+  }
+
+  /** Whether he said of an item that he likes it; he may have met it and said nothing. */
+  likes(itemId) {
+    return this.#fond.has(itemId);
   }
 
   /** Takes an event in; gives back what was known of its item before. */
   learn({ item_id, event, value }) {
     const before = this.of(item_id);
+    if (welcome({ event, value })) this.#fond.add(item_id);
     const changes = { like: { liked: true, hidden: false }, hide: { hidden: true, liked: false }, dislike: { liked: false }, rating: { rating: value, hidden: false } };
     if (changes[event]) this.#known.set(item_id, { ...before, ...changes[event] });
     return before;
@@ -29,3 +38,5 @@ export class Taste {
     return items.filter((item) => !this.of(item.item_id).hidden);
   }
 }
+
+const welcome = ({ event, value }) => ["like", "purchase"].includes(event) || (["rating", "interaction"].includes(event) && value > 3);

@@ -64,10 +64,17 @@ async function put(version, body, changed) {
 export function report(list) {
   const told = list.map((one) => [one.version, flat(one.metrics ?? {})]).filter(([, metrics]) => metrics.size);
   if (!told.length) return el("p", { class: "soft", text: t("ops.report.none") });
+  if (told.length === 1) return alone(told[0][1]);
   const names = [...new Set(told.flatMap(([, metrics]) => [...metrics.keys()]))];
   const head = [el("th", { scope: "col", text: t("ops.report.metric") }), ...told.map(([version]) => el("th", { scope: "col", class: "figures", text: `${t("ops.version")} ${version}` }))];
   const rows = names.map((name) => el("tr", {}, el("th", { scope: "row", text: name }), told.map(([, metrics]) => el("td", { class: "figures", text: cell(metrics.get(name)) }))));
   return el("div", { class: "wide-table", tabindex: "0", role: "region", "aria-label": t("ops.report") }, el("table", { class: "table" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
+}
+
+/** Of one version there is nothing to compare: figures instead of a table. */
+function alone(metrics) {
+  const entry = ([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { class: "figures", text: cell(value) }));
+  return el("dl", { class: "metrics" }, [...metrics].map(entry));
 }
 
 /** Metrics in metrics by their paths: {a: {b: 1}} has "a b". */
