@@ -64,7 +64,7 @@ async function remembered() {
 /** Fetches the lists again; with a cause, says and shows what that changed. */
 async function load(cause = null) {
   const mine = ++page.asked;
-  if (!page.shelves.size) byId("shelves").replaceChildren(...skeleton());
+  if (!page.shelves.size) waiting();
   byId("shelves").setAttribute("aria-busy", "true");
   try {
     const answer = await fetched();
@@ -77,6 +77,11 @@ async function load(cause = null) {
   } finally {
     if (mine === page.asked) byId("shelves").setAttribute("aria-busy", "false");
   }
+}
+
+function waiting() {
+  byId("shelves").replaceChildren(...skeleton());
+  byId("shelves").setAttribute("aria-busy", "true");
 }
 
 function failed(error) {
@@ -209,6 +214,7 @@ async function chosen(who) {
   page.shelves.clear();
   page.query = "";
   byId("query").value = "";
+  waiting();
   people();
   byId("main").focus({ preventScroll: true });
   scrollTo({ top: 0 });
@@ -334,7 +340,7 @@ async function start() {
   connection.addEventListener("back", back);
   connection.watch();
   search();
-  byId("shelves").replaceChildren(...skeleton());
+  waiting();
   people();
   try {
     page.catalog = await api.catalog();

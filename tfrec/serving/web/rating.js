@@ -7,7 +7,7 @@ import { named } from "./titles.js";
 
 /** Opens the stars; the one that is chosen is told as a `rating`. */
 export function rate(opener, item, rating, act) {
-  const box = byId("stars");
+  const box = el("div", { class: "stars", popover: "auto", role: "group", "aria-label": t("card.rate.of", { title: named(item.title).name }) });
   const choose = (value) => () => {
     box.hidePopover();
     act(item, "rating", value);
@@ -15,12 +15,12 @@ export function rate(opener, item, rating, act) {
   const stars = [1, 2, 3, 4, 5].map((value) =>
     el("button", { type: "button", class: `star ${value <= (rating ?? 0) ? "on" : ""}`, "aria-label": t("card.stars", { n: value }), on: { click: choose(value), pointerenter: () => light(stars, value), focus: () => light(stars, value) } }, icon("star")),
   );
-  box.setAttribute("aria-label", t("card.rate.of", { title: named(item.title).name }));
-  box.replaceChildren(...stars);
+  box.append(...stars);
   box.onkeydown = (event) => walk(event, stars);
   box.onpointerleave = () => light(stars, rating ?? 0);
-  // A popover inside an open dialog is on top of it; outside, the dialog would make it inert.
-  (opener.closest("dialog") ?? document.body).append(box);
+  box.addEventListener("toggle", (event) => event.newState === "closed" && box.remove());
+  // Outside of an open dialog it could not be reached.
+  (opener.closest("dialog") ?? byId("main")).append(box);
   box.showPopover({ source: opener });
   place(box, opener);
   stars[(rating || 1) - 1].focus();

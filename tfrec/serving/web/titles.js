@@ -12,8 +12,9 @@ export function named(title) {
   return { name: `${article}${article.endsWith("'") ? "" : " "}${name}`, year };
 }
 
-/** What stands below a title: its year and the first of its attributes' values. */
+/** What stands below a title: its year and the first of its attributes' values, numbers by name. */
 export function meta({ title, attributes }, most = 3) {
-  const values = Object.values(attributes ?? {}).flat().filter((v) => v && v !== "unknown");
+  const told = (column, value) => (/^[\d.,-]+$/.test(value) && !/^(19|20)\d\d$/.test(value) ? `${column} ${value}` : value);
+  const values = Object.entries(attributes ?? {}).flatMap(([column, cells]) => cells.filter((v) => v && v !== "unknown").map((v) => told(column, v)));
   return [...new Set([named(title).year, ...values].filter(Boolean))].slice(0, most);
 }
