@@ -111,8 +111,10 @@ def like(page: Page, item: str) -> None:
     settled(page)
 
 
-def title(server_url: str, item: str) -> str:
-    return httpx.get(f"{server_url}/v1/items/{item}").json()["title"]
+def search(page: Page, words: str) -> None:
+    page.get_by_role("searchbox", name="Search").fill(words)
+    expect(page.get_by_role("heading", name=f"Found for “{words}”")).to_be_visible()
+    settled(page)
 
 
 class TestVisitor:
@@ -183,9 +185,7 @@ class TestVisitor:
     def test_search_finds_and_goes_away_again(self, visits, server_url):
         page = visits().as_user("u2")
         shelves = everything(page)
-        page.get_by_role("searchbox", name="Search").fill("love story")
-        expect(page.get_by_role("heading", name="Found for “love story”")).to_be_visible()
-        settled(page)
+        search(page, "love story")
         query = urllib.parse.urlencode({"q": "love story", "k": 30, "user_id": "u2"})
         answer = httpx.get(f"{server_url}/v1/search?{query}").json()
         assert shelf(page, "search") == [one["item_id"] for one in answer["items"]]
@@ -356,8 +356,7 @@ class TestForEverybody:
         if path == "/":
             page = visit.as_user("u15")
             assert overflow(page) == 0
-            page.get_by_role("searchbox", name="Search").fill("space")
-            settled(page)
+            search(page, "space")
             assert overflow(page) == 0
             page.get_by_role("button", name="Clear the search").click()
             settled(page)
@@ -427,8 +426,7 @@ class TestForEverybody:
             page.wait_for_load_state("networkidle")
             assert violations(page) == [], opener
             page.keyboard.press("Escape")
-        page.get_by_role("searchbox", name="Search").fill("space")
-        settled(page)
+        search(page, "space")
         assert violations(page) == []
         assert violations(visit.open("/operate")) == []
 

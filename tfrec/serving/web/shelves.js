@@ -27,7 +27,7 @@ export class Shelf {
     const id = `shelf-${this.key}`;
     const name = this.name();
     const about = ["for_you", "new_to_you", "popular"].includes(this.told.key) ? t(`shelf.${this.told.key}.about`) : "";
-    const head = el("div", { class: "shelf-head" }, el("h2", { id }, name, this.badge), el("p", { class: "soft", text: about }));
+    const head = el("div", { class: "shelf-head" }, el(this.grid ? "h1" : "h2", { id }, name, this.badge), el("p", { class: "soft", text: about }));
     this.list.setAttribute("aria-labelledby", id);
     this.root.setAttribute("aria-labelledby", id);
     if (!this.grid) head.append(this.arrows(name));
