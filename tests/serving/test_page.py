@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import tfrec
+from tfrec.serving.keys import Keys
 
 pytest.importorskip("playwright", reason="needs the package playwright")
 from playwright.sync_api import Page, expect, sync_playwright
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 TEXTS = Path(tfrec.__file__).parent / "serving" / "web" / "texts"
 SIZES = {"phone": (390, 844), "desktop": (1440, 900)}
+NAMED = re.compile(r"""\bt\("([\w.]+)"[,)]|data-t[-\w]*="([\w.]+)\"""")
 REFUSED = "net::ERR_CONNECTION_REFUSED"
 
 
@@ -257,7 +259,9 @@ class TestKept:
         page.get_by_role("button", name="中文").click()
         expect(page.get_by_role("heading", name="为您推荐")).to_be_visible()
         assert page.title() == "推荐"
-        expect(card(page, shelf(page, "for_you")[0]).get_by_role("button", name="喜欢")).to_be_visible()
+        expect(
+            card(page, shelf(page, "for_you")[0]).get_by_role("button", name="喜欢")
+        ).to_be_visible()
         page.get_by_role("button", name="English").click()
         expect(page.get_by_role("heading", name="For you")).to_be_visible()
 
@@ -300,6 +304,31 @@ class TestKept:
         page.get_by_role("button", name="Try now").click()
         expect(banner).to_be_hidden()
         visit.errors = [error for error in visit.errors if REFUSED not in error]
+
+
+class TestKeys:
+    def test_a_key_is_asked_for_where_one_is_needed_and_kept_for_the_tab(
+        self, visits, own_server, tmp_path
+    ):
+        own_server.stop()
+        token = Keys(tmp_path / "state" / "keys.json").create("admin")
+        own_server.more = ["--host", "0.0.0.0"]
+        own_server.start()
+        visit = visits(url=own_server.url)
+        page = visit.page
+        page.goto(own_server.url)
+        dialog = page.get_by_role("dialog", name="This service wants an API key")
+        dialog.get_by_label("API key", exact=True).fill("no such key")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("does not accept this key")
+        dialog.get_by_label("API key", exact=True).fill(token)
+        page.keyboard.press("Enter")
+        settled(page)
+        page.goto(f"{own_server.url}/operate")
+        expect(page.locator("#versions")).to_contain_text("Version 2")
+        assert dialog.count() == 0
+        assert token not in json.dumps(page.evaluate("({ ...localStorage })"))
+        visit.errors = [error for error in visit.errors if "401" not in error]
 
 
 class TestOperators:
@@ -434,14 +463,18 @@ class TestForEverybody:
         visit = visits()
         visit.as_user("u19")
         visit.open("/operate")
-        assert {url.partition("/v1")[0] for url in visit.asked if not url.startswith(server_url)} == set()
+        assert {
+            url.partition("/v1")[0] for url in visit.asked if not url.startswith(server_url)
+        } == set()
 
     def test_the_same_item_has_the_same_cover_on_every_visit(self, visits):
         draw = "() => document.querySelector('.card .cover').outerHTML"
         assert visits().open().evaluate(draw) == visits().open().evaluate(draw)
 
     def test_both_languages_have_the_same_texts_with_the_same_places(self):
-        english, chinese = (json.loads((TEXTS / f"{name}.json").read_text()) for name in ("en", "zh"))
+        english, chinese = (
+            json.loads((TEXTS / f"{name}.json").read_text()) for name in ("en", "zh")
+        )
         assert english.keys() == chinese.keys()
         for key in english:
             assert places(english[key]) == places(chinese[key]), key
@@ -449,9 +482,11 @@ class TestForEverybody:
     def test_every_text_that_is_named_is_there(self):
         named = set()
         for file in [*TEXTS.parent.glob("*.js"), *TEXTS.parent.glob("*.html")]:
-            found = re.findall(r"""\bt\("([\w.]+)"[,)]|data-t[-\w]*="([\w.]+)\"""", file.read_text())
+            found = re.findall(
+                r"""\bt\("([\w.]+)"[,)]|data-t[-\w]*="([\w.]+)\"""", file.read_text()
+            )
             named |= {one or other for one, other in found}
-        assert named - json.loads((TEXTS / "en.json").read_text()).keys() == set()
+        assert named - texts("en").keys() == set()
 
 
 def overflow(page: Page) -> int:
@@ -460,7 +495,9 @@ def overflow(page: Page) -> int:
 
 def tab_to(page: Page, name: str) -> None:
     """Presses Tab until the focus is on something of that name."""
-    focused = "() => (document.activeElement.ariaLabel ?? document.activeElement.textContent).trim()"
+    focused = (
+        "() => (document.activeElement.ariaLabel ?? document.activeElement.textContent).trim()"
+    )
     for _ in range(80):
         page.keyboard.press("Tab")
         told = page.evaluate(focused)
@@ -474,6 +511,10 @@ def violations(page: Page) -> list[str]:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-core")
     found = axe.Axe().run(page).response["violations"]
     return [f"{one['id']}: {node['html'][:120]}" for one in found for node in one["nodes"]]
+
+
+def texts(name: str) -> dict[str, str | dict[str, str]]:
+    return json.loads((TEXTS / f"{name}.json").read_text())
 
 
 def places(text: str | dict[str, str]) -> set[str]:

@@ -20,9 +20,11 @@ export class Gone extends Error {}
 /** The parsed answer of a request; `signal` gives it up. */
 export async function ask(method, path, body, { signal } = {}) {
   for (;;) {
-    const response = await reached(method, path, body, signal);
+    const key = kept("key", "", sessionStorage);
+    const response = await reached(method, path, body, key, signal);
     if (response.status === 401 || response.status === 403) {
-      if (await askForKey(response.status === 403 || kept("key", "", sessionStorage) !== "")) continue;
+      // Another request may have been given a better key meanwhile.
+      if (key !== kept("key", "", sessionStorage) || (await askForKey(key !== ""))) continue;
     }
     if (response.status === 502 || response.status === 503) {
       connection.lost();
@@ -30,13 +32,16 @@ export async function ask(method, path, body, { signal } = {}) {
     }
     const answer = await response.json().catch(() => ({}));
     if (response.ok) return answer;
-    throw new Refused(response.status, answer.error, answer.request_id ?? response.headers.get("X-Request-Id"));
+    throw new Refused(
+      response.status,
+      answer.error,
+      answer.request_id ?? response.headers.get("X-Request-Id"),
+    );
   }
 }
 
-async function reached(method, path, body, signal) {
+async function reached(method, path, body, key, signal) {
   const headers = {};
-  const key = kept("key", "", sessionStorage);
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const patience = AbortSignal.timeout(PATIENCE);
@@ -55,7 +60,8 @@ async function reached(method, path, body, signal) {
 }
 
 const of = (id) => encodeURIComponent(id);
-const query = (told) => new URLSearchParams(Object.entries(told).filter(([, value]) => value !== "")).toString();
+const query = (told) =>
+  new URLSearchParams(Object.entries(told).filter(([, value]) => value !== "")).toString();
 
 export const api = {
   catalog: () => ask("GET", "/v1/catalog"),

@@ -3,15 +3,24 @@
 import { svg } from "./dom.js";
 
 const SIZE = 200;
-const rect = (x, y, width, height, fill, more = {}) => svg("rect", { x, y, width, height, fill, ...more });
+const rect = (x, y, width, height, fill, more = {}) =>
+  svg("rect", { x, y, width, height, fill, ...more });
 const circle = (cx, cy, r, fill, more = {}) => svg("circle", { cx, cy, r, fill, ...more });
 const path = (d, fill, more = {}) => svg("path", { d, fill, ...more });
-const line = (d, stroke, width) => path(d, "none", { stroke, "stroke-width": width, "stroke-linecap": "round" });
+const line = (d, stroke, width) =>
+  path(d, "none", { stroke, "stroke-width": width, "stroke-linecap": "round" });
 const round = (number) => Math.round(number * 10) / 10;
 
 /** A sun or moon over bands of hills. */
 function hills(chance, { a, b, c, ink }) {
-  const out = [circle(round(chance.between(55, 145)), round(chance.between(50, 85)), round(chance.between(24, 42)), b)];
+  const out = [
+    circle(
+      round(chance.between(55, 145)),
+      round(chance.between(50, 85)),
+      round(chance.between(24, 42)),
+      b,
+    ),
+  ];
   const colours = [c, a, ink];
   colours.forEach((colour, depth) => {
     const base = 92 + depth * 32;
@@ -59,7 +68,8 @@ function rings(chance, { a, b, c, paper }) {
   const colours = chance.shuffled([a, b, c]);
   const step = chance.between(15, 22);
   const out = [];
-  for (let i = 8; i > 0; i--) out.push(circle(x, y, round(i * step), i % 2 ? colours[(i >> 1) % 3] : paper));
+  for (let i = 8; i > 0; i--)
+    out.push(circle(x, y, round(i * step), i % 2 ? colours[(i >> 1) % 3] : paper));
   return out;
 }
 
@@ -91,7 +101,13 @@ function ridges(chance, { a, b, paper, ink }) {
       const near = Math.exp(-((x - peak) ** 2) / (2 * spread * spread));
       d += ` L${x} ${round(y - near * chance.between(14, 40))}`;
     }
-    out.push(path(`${d} L205 ${y} V205 H-5 Z`, paper, { stroke: i % 4 === 3 ? a : ink, "stroke-width": 1.8, "stroke-linejoin": "round" }));
+    out.push(
+      path(`${d} L205 ${y} V205 H-5 Z`, paper, {
+        stroke: i % 4 === 3 ? a : ink,
+        "stroke-width": 1.8,
+        "stroke-linejoin": "round",
+      }),
+    );
   }
   return out;
 }
@@ -104,7 +120,11 @@ function peaks(chance, { a, b, c, ink }) {
     const top = round(chance.between(55, 105) + i * 14);
     const half = round(chance.between(52, 88));
     out.push(path(`M${x - half} ${SIZE} L${x} ${top} L${x} ${SIZE} Z`, i % 2 ? c : b));
-    out.push(path(`M${x + half} ${SIZE} L${x} ${top} L${x} ${SIZE} Z`, i % 2 ? ink : a, { opacity: i % 2 ? 0.9 : 1 }));
+    out.push(
+      path(`M${x + half} ${SIZE} L${x} ${top} L${x} ${SIZE} Z`, i % 2 ? ink : a, {
+        opacity: i % 2 ? 0.9 : 1,
+      }),
+    );
   }
   return out;
 }
@@ -116,7 +136,13 @@ function discs(chance, { a, b, c, ink }) {
   const reach = chance.between(26, 40);
   const out = colours.map((colour, i) => {
     const angle = turn + i * 2.094;
-    return circle(round(100 + reach * Math.cos(angle)), round(102 + reach * Math.sin(angle)), round(chance.between(48, 64)), colour, { opacity: 0.86 });
+    return circle(
+      round(100 + reach * Math.cos(angle)),
+      round(102 + reach * Math.sin(angle)),
+      round(chance.between(48, 64)),
+      colour,
+      { opacity: 0.86 },
+    );
   });
   return [...out, circle(100, 102, round(chance.between(7, 16)), ink)];
 }
@@ -131,7 +157,14 @@ function dots(chance, { a, b, c }) {
       const x = column * 20 + 10;
       const y = row * 20 + 10;
       const far = Math.hypot(x - corner[0], y - corner[1]) / 283;
-      out.push(circle(x, y, round(10.5 * (1 - far) ** 0.8 + 0.6), colours[far < 0.36 ? 0 : far < 0.66 ? 1 : 2]));
+      out.push(
+        circle(
+          x,
+          y,
+          round(10.5 * (1 - far) ** 0.8 + 0.6),
+          colours[far < 0.36 ? 0 : far < 0.66 ? 1 : 2],
+        ),
+      );
     }
   }
   return out;
@@ -150,7 +183,12 @@ function arches(chance, { a, b, c, ink, paper }) {
       const r = round(wide * (1 - i * 0.2));
       const top = round(foot - wide * 1.5 + i * wide * 0.16);
       const colour = i === 4 ? ink : i % 2 ? paper : colours[(i >> 1) % 3];
-      out.push(path(`M${middle - r} 210 V${top + r} A${r} ${r} 0 0 1 ${middle + r} ${top + r} V210 Z`, colour));
+      out.push(
+        path(
+          `M${middle - r} 210 V${top + r} A${r} ${r} 0 0 1 ${middle + r} ${top + r} V210 Z`,
+          colour,
+        ),
+      );
     }
   }
   return out;
@@ -169,9 +207,13 @@ function blocks(chance, { a, b, c, ink, paper }) {
   const out = [];
   for (let i = 0; i < 9; i++) {
     const [column, row] = [i % 3, Math.floor(i / 3)];
-    out.push(rect(xs[column], ys[row], xs[column + 1] - xs[column], ys[row + 1] - ys[row], fills[i]));
+    out.push(
+      rect(xs[column], ys[row], xs[column + 1] - xs[column], ys[row + 1] - ys[row], fills[i]),
+    );
   }
-  const bars = [x1, x2].map((x) => rect(x - 3, 0, 6, SIZE, ink)).concat([y1, y2].map((y) => rect(0, y - 3, SIZE, 6, ink)));
+  const bars = [x1, x2]
+    .map((x) => rect(x - 3, 0, 6, SIZE, ink))
+    .concat([y1, y2].map((y) => rect(0, y - 3, SIZE, 6, ink)));
   return [...out, ...bars];
 }
 
@@ -182,8 +224,26 @@ function orbits(chance, { a, b, c, ink }) {
   [46, 66, 88].forEach((rx, i) => {
     const ry = round(rx * chance.between(0.3, 0.62));
     const angle = chance.next() * 6.28;
-    out.push(svg("ellipse", { cx: 100, cy: 100, rx, ry, fill: "none", stroke: ink, "stroke-width": 1.6, opacity: 0.8 }));
-    out.push(circle(round(100 + rx * Math.cos(angle)), round(100 + ry * Math.sin(angle)), round(chance.between(5, 11)), i % 2 ? b : c));
+    out.push(
+      svg("ellipse", {
+        cx: 100,
+        cy: 100,
+        rx,
+        ry,
+        fill: "none",
+        stroke: ink,
+        "stroke-width": 1.6,
+        opacity: 0.8,
+      }),
+    );
+    out.push(
+      circle(
+        round(100 + rx * Math.cos(angle)),
+        round(100 + ry * Math.sin(angle)),
+        round(chance.between(5, 11)),
+        i % 2 ? b : c,
+      ),
+    );
   });
   return [svg("g", { transform: `rotate(${turn} 100 100) translate(-18 -18) scale(1.18)` }, out)];
 }
@@ -199,7 +259,12 @@ function bands(chance, { a, b, c, ink }) {
     out.push(rect(x, -80, width, 360, colours[i % 4]));
     x += width + chance.whole(8, 24);
   }
-  const disc = circle(round(chance.between(60, 140)), round(chance.between(70, 130)), round(chance.between(32, 46)), chance.one([a, b]));
+  const disc = circle(
+    round(chance.between(60, 140)),
+    round(chance.between(70, 130)),
+    round(chance.between(32, 46)),
+    chance.one([a, b]),
+  );
   return [svg("g", { transform: `rotate(${slant} 100 100)` }, out), disc];
 }
 
@@ -207,7 +272,9 @@ function bands(chance, { a, b, c, ink }) {
 function waves(chance, { a, b, c, ink }) {
   const colours = chance.shuffled([a, b, c]);
   const high = chance.between(7, 13);
-  const out = [circle(round(chance.between(50, 150)), 58, round(chance.between(22, 34)), colours[2])];
+  const out = [
+    circle(round(chance.between(50, 150)), 58, round(chance.between(22, 34)), colours[2]),
+  ];
   for (let i = 0; i < 7; i++) {
     const y = round(78 + i * 19);
     const shift = round(chance.between(-40, 0));
@@ -224,16 +291,43 @@ function bloom(chance, { a, b, c, ink }) {
   const long = chance.between(60, 84);
   const wide = round((long * 2.2) / petals);
   const out = [line(`M100 100 Q${chance.whole(80, 120)} 160 ${chance.whole(85, 115)} 215`, c, 6)];
-  for (const [size, colour] of [[1, a], [0.62, b]]) {
+  for (const [size, colour] of [
+    [1, a],
+    [0.62, b],
+  ]) {
     for (let i = 0; i < petals; i++) {
       const turn = round((360 * i) / petals + (size < 1 ? 180 / petals : 0));
-      out.push(svg("ellipse", { cx: 100, cy: round(100 - (long * size) / 2), rx: round(wide * size), ry: round((long * size) / 2), fill: colour, transform: `rotate(${turn} 100 100)` }));
+      out.push(
+        svg("ellipse", {
+          cx: 100,
+          cy: round(100 - (long * size) / 2),
+          rx: round(wide * size),
+          ry: round((long * size) / 2),
+          fill: colour,
+          transform: `rotate(${turn} 100 100)`,
+        }),
+      );
     }
   }
   return [...out, circle(100, 100, round(chance.between(10, 16)), ink)];
 }
 
-const PICTURES = [hills, quarters, rings, rays, ridges, peaks, discs, dots, arches, blocks, orbits, bands, waves, bloom];
+const PICTURES = [
+  hills,
+  quarters,
+  rings,
+  rays,
+  ridges,
+  peaks,
+  discs,
+  dots,
+  arches,
+  blocks,
+  orbits,
+  bands,
+  waves,
+  bloom,
+];
 
 /** The shapes of one picture. */
 export function picture(chance, palette) {

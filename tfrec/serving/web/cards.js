@@ -22,7 +22,17 @@ export class Card {
 
   draw() {
     const { name } = named(this.item.title);
-    const open = el("button", { type: "button", class: "card-open", "aria-label": t("card.open", { title: name }), on: { click: () => this.on.open(this) } }, cover(this.item), el("span", { class: "card-mark", hidden: true }));
+    const open = el(
+      "button",
+      {
+        type: "button",
+        class: "card-open",
+        "aria-label": t("card.open", { title: name }),
+        on: { click: () => this.on.open(this) },
+      },
+      cover(this.item),
+      el("span", { class: "card-mark", hidden: true }),
+    );
     const title = el("p", { class: "card-title", text: name, title: name });
     const facts = el("p", { class: "card-meta", text: meta(this.item).join(" · ") });
     this.actions = actions(this.item, this.taste, this.on.act);
@@ -58,15 +68,47 @@ export function actions(item, taste, act, { wide = false } = {}) {
   const { name } = named(item.title);
   const { liked, hidden, rating } = taste.of(item.item_id);
   const button = (label, symbol, word, told, click) =>
-    el("button", { type: "button", class: wide ? "button" : "round", "aria-label": label, title: wide ? null : word, on: { click }, ...told }, icon(symbol), wide ? el("span", { text: word }) : null);
-  const rated = rating ? t("card.rated.of", { title: name, value: rating }) : t("card.rate.of", { title: name });
-  const star = button(rated, "star", t("card.rate"), { class: `${wide ? "button" : "round"} rate ${rating ? "on" : ""}`, "aria-haspopup": "true" }, () => rate(star, item, rating, act));
+    el(
+      "button",
+      {
+        type: "button",
+        class: wide ? "button" : "round",
+        "aria-label": label,
+        title: wide ? null : word,
+        on: { click },
+        ...told,
+      },
+      icon(symbol),
+      wide ? el("span", { text: word }) : null,
+    );
+  const rated = rating
+    ? t("card.rated.of", { title: name, value: rating })
+    : t("card.rate.of", { title: name });
+  const star = button(
+    rated,
+    "star",
+    t("card.rate"),
+    { class: `${wide ? "button" : "round"} rate ${rating ? "on" : ""}`, "aria-haspopup": "true" },
+    () => rate(star, item, rating, act),
+  );
   if (rating) star.append(el("span", { class: "rate-value", text: String(rating) }));
   return el(
     "div",
     { class: wide ? "actions wide" : "actions" },
-    button(t(liked ? "card.liked.of" : "card.like.of", { title: name }), "heart", t("card.like"), { "aria-pressed": String(Boolean(liked)), "data-act": "like" }, () => act(item, "like")),
-    button(t("card.hide.of", { title: name }), "hide", t("card.hide"), { "aria-pressed": String(Boolean(hidden)), "data-act": "hide" }, () => act(item, "hide")),
+    button(
+      t(liked ? "card.liked.of" : "card.like.of", { title: name }),
+      "heart",
+      t("card.like"),
+      { "aria-pressed": String(Boolean(liked)), "data-act": "like" },
+      () => act(item, "like"),
+    ),
+    button(
+      t("card.hide.of", { title: name }),
+      "hide",
+      t("card.hide"),
+      { "aria-pressed": String(Boolean(hidden)), "data-act": "hide" },
+      () => act(item, "hide"),
+    ),
     star,
   );
 }

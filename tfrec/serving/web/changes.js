@@ -16,10 +16,12 @@ export function compared(before, after) {
   const stayed = before.filter((id) => is.has(id));
   const place = new Map(stayed.map((id, i) => [id, i]));
   const marks = new Map();
-  after.filter((id) => was.has(id)).forEach((id, i) => {
-    const by = place.get(id) - i;
-    if (by) marks.set(id, { kind: by > 0 ? "up" : "down", by: Math.abs(by) });
-  });
+  after
+    .filter((id) => was.has(id))
+    .forEach((id, i) => {
+      const by = place.get(id) - i;
+      if (by) marks.set(id, { kind: by > 0 ? "up" : "down", by: Math.abs(by) });
+    });
   for (const id of after) if (!was.has(id)) marks.set(id, { kind: "new" });
   return { marks, gone: before.filter((id) => !is.has(id)) };
 }
@@ -41,7 +43,10 @@ export function counted(before, after) {
       for (const id of gone) if (!shown.has(id)) found.gone.add(id);
     }
   }
-  return { shelf, ...Object.fromEntries(Object.entries(found).map(([kind, ids]) => [kind, ids.size])) };
+  return {
+    shelf,
+    ...Object.fromEntries(Object.entries(found).map(([kind, ids]) => [kind, ids.size])),
+  };
 }
 
 /** Why the lists changed, in words; `cause` is an event, or what else was done. */
@@ -56,11 +61,27 @@ const SYMBOLS = { new: "spark", shelf: "shelves", up: "up", down: "down", gone: 
 export function sentences(counts, cause) {
   const [first, ...rest] = KINDS.filter((kind) => counts[kind]);
   const told = (kind) => t(`change.${kind}`, { n: counts[kind] });
-  const lead = t("change.sentence", { what: first ? told(first) : t("change.none"), why: why(cause) });
-  return { lead, rest, heard: rest.length ? `${lead} ${t("change.rest", { what: rest.map(told).join(t("change.list")) })}` : lead };
+  const lead = t("change.sentence", {
+    what: first ? told(first) : t("change.none"),
+    why: why(cause),
+  });
+  return {
+    lead,
+    rest,
+    heard: rest.length
+      ? `${lead} ${t("change.rest", { what: rest.map(told).join(t("change.list")) })}`
+      : lead,
+  };
 }
 
 /** The rest, as signs with words. */
 export function figures(counts, kinds) {
-  return kinds.map((kind) => el("span", { class: `figure ${kind}` }, icon(SYMBOLS[kind]), t(`change.${kind}`, { n: counts[kind] })));
+  return kinds.map((kind) =>
+    el(
+      "span",
+      { class: `figure ${kind}` },
+      icon(SYMBOLS[kind]),
+      t(`change.${kind}`, { n: counts[kind] }),
+    ),
+  );
 }

@@ -10,10 +10,16 @@ class Connection extends EventTarget {
 
   /** Looks every few seconds while the page is seen, so that an idle reader learns of it too. */
   watch() {
-    setInterval(() => this.gone || document.hidden || this.#ready().then((ok) => ok || this.lost()), BEAT);
+    setInterval(
+      () => this.gone || document.hidden || this.#ready().then((ok) => ok || this.lost()),
+      BEAT,
+    );
     addEventListener("online", () => this.gone && this.retry());
     addEventListener("offline", () => this.lost());
-    document.addEventListener("visibilitychange", () => this.gone && !document.hidden && this.retry());
+    document.addEventListener(
+      "visibilitychange",
+      () => this.gone && !document.hidden && this.retry(),
+    );
   }
 
   lost() {

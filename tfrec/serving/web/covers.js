@@ -31,9 +31,12 @@ const PALETTES = [
   ["#535b32", "#f6f0da", "#d7b94c", "#a1a86a", "#cf6237"],
 ].map(([paper, ink, a, b, c]) => ({ paper, ink, a, b, c }));
 
-const SERIF = 'Charter, "Iowan Old Style", Georgia, "Noto Serif", "Liberation Serif", "Songti SC", "Noto Serif CJK SC", serif';
-const SANS = 'Inter, "Helvetica Neue", Arial, "Liberation Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif';
-const NARROW = '"Avenir Next Condensed", "Roboto Condensed", "Arial Narrow", "Liberation Sans Narrow", "PingFang SC", "Noto Sans CJK SC", sans-serif';
+const SERIF =
+  'Charter, "Iowan Old Style", Georgia, "Noto Serif", "Liberation Serif", "Songti SC", "Noto Serif CJK SC", serif';
+const SANS =
+  'Inter, "Helvetica Neue", Arial, "Liberation Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif';
+const NARROW =
+  '"Avenir Next Condensed", "Roboto Condensed", "Arial Narrow", "Liberation Sans Narrow", "PingFang SC", "Noto Sans CJK SC", sans-serif';
 const VOICES = [
   { family: SERIF, weight: 700, lead: 1.08, tight: -0.01 },
   { family: SANS, weight: 800, lead: 1.04, tight: -0.03 },
@@ -44,7 +47,9 @@ const VOICES = [
 
 /** The cover of an item: SVG of 2 by 3. `bare`: the picture alone, for small sizes. */
 export function cover({ title, attributes }, { bare = false } = {}) {
-  const values = Object.values(attributes ?? {}).flat().filter((v) => v && !/^\d+$/.test(v));
+  const values = Object.values(attributes ?? {})
+    .flat()
+    .filter((v) => v && !/^\d+$/.test(v));
   const chance = new Chance(`${title}|${values.join("|")}`);
   const palette = coloured(values[0] ?? title, values[1], chance);
   const plan = chance.one([below, above, label]);
@@ -53,7 +58,17 @@ export function cover({ title, attributes }, { bare = false } = {}) {
     ? [art(0, 0, WIDTH, HEIGHT, chance, palette)]
     : plan(chance, palette, voice, named(title).name, values.slice(0, 2).join("  ·  "));
   const ground = svg("rect", { width: WIDTH, height: HEIGHT, fill: palette.paper });
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "cover", "aria-hidden": "true", focusable: "false" }, ground, parts);
+  return svg(
+    "svg",
+    {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      class: "cover",
+      "aria-hidden": "true",
+      focusable: "false",
+    },
+    ground,
+    parts,
+  );
 }
 
 /** The colours of the first attribute, so that a kind is known by them; some of the second. */
@@ -64,8 +79,20 @@ function coloured(first, second, chance) {
 }
 
 function art(x, y, width, height, chance, palette) {
-  const frame = { x, y, width, height, viewBox: "0 0 200 200", preserveAspectRatio: "xMidYMid slice" };
-  return svg("svg", frame, svg("rect", { width: 200, height: 200, fill: palette.paper }), picture(chance, palette));
+  const frame = {
+    x,
+    y,
+    width,
+    height,
+    viewBox: "0 0 200 200",
+    preserveAspectRatio: "xMidYMid slice",
+  };
+  return svg(
+    "svg",
+    frame,
+    svg("rect", { width: 200, height: 200, fill: palette.paper }),
+    picture(chance, palette),
+  );
 }
 
 /** The title below the picture. */
@@ -99,7 +126,16 @@ function label(chance, palette, voice, title, kind) {
   return [
     art(0, 0, WIDTH, HEIGHT, chance, palette),
     svg("rect", box),
-    svg("rect", { ...box, x: MARGIN + 4, y: top + 4, width: box.width - 8, height: height - 8, fill: "none", stroke: palette.ink, "stroke-width": 0.8 }),
+    svg("rect", {
+      ...box,
+      x: MARGIN + 4,
+      y: top + 4,
+      width: box.width - 8,
+      height: height - 8,
+      fill: "none",
+      stroke: palette.ink,
+      "stroke-width": 0.8,
+    }),
     ...lines(set, voice, WIDTH / 2, top + 14, palette.ink, "middle"),
     small(kind, WIDTH / 2, top + height - 15, palette.ink, "middle", WIDTH - 4 * MARGIN),
   ];
@@ -125,8 +161,20 @@ function lines({ rows, size }, voice, x, top, fill, anchor = "start") {
 function small(text, x, y, fill, anchor = "start", width = WIDTH - 2 * MARGIN) {
   const told = { family: SANS, weight: 600, tight: 0.08 };
   let shown = text.toUpperCase();
-  while (shown && measured(shown, told) * 8 > width) shown = shown.slice(0, Math.max(0, shown.lastIndexOf("  ·  ")));
-  return svg("text", { x, y, fill, opacity: 0.78, "font-family": SANS, "font-weight": 600, "font-size": 8, "letter-spacing": 0.64, "text-anchor": anchor, text: shown });
+  while (shown && measured(shown, told) * 8 > width)
+    shown = shown.slice(0, Math.max(0, shown.lastIndexOf("  ·  ")));
+  return svg("text", {
+    x,
+    y,
+    fill,
+    opacity: 0.78,
+    "font-family": SANS,
+    "font-weight": 600,
+    "font-size": 8,
+    "letter-spacing": 0.64,
+    "text-anchor": anchor,
+    text: shown,
+  });
 }
 
 /** The largest size at which a title fits a width in so many lines. */
@@ -137,11 +185,16 @@ function fitted(title, voice, width, most) {
     if (rows && rows.length <= most) return block(rows, size, voice);
   }
   const rows = broken(text, voice, width / 12, true);
-  if (rows.length > most) rows.splice(most, rows.length, `${rows[most - 1]}…`), rows.splice(most - 1, 1);
+  if (rows.length > most)
+    (rows.splice(most, rows.length, `${rows[most - 1]}…`), rows.splice(most - 1, 1));
   return block(rows, 12, voice);
 }
 
-const block = (rows, size, voice) => ({ rows, size, height: Math.round(size * (0.95 + voice.lead * (rows.length - 1))) });
+const block = (rows, size, voice) => ({
+  rows,
+  size,
+  height: Math.round(size * (0.95 + voice.lead * (rows.length - 1))),
+});
 
 /** A title in lines of a width in units of the type's size; null: a word is wider than that. */
 function broken(text, voice, width, anyway = false) {
@@ -162,7 +215,10 @@ function broken(text, voice, width, anyway = false) {
 }
 
 /** What may stand on a line of its own: words, and every sign of a script without spaces. */
-const pieces = (text) => text.match(/[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff][\u3000-\u303f\uff00-\uffef]?|[^\s\u3040-\u30ff\u3400-\u9fff]+\s*/gu) ?? [text];
+const pieces = (text) =>
+  text.match(
+    /[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff][\u3000-\u303f\uff00-\uffef]?|[^\s\u3040-\u30ff\u3400-\u9fff]+\s*/gu,
+  ) ?? [text];
 
 const ruler = document.createElement("canvas").getContext("2d");
 const widths = new Map();

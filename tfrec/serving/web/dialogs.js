@@ -10,9 +10,23 @@ let count = 0;
 export function open({ heading, kind = "box", content = [], closed = () => {} }) {
   const id = `dialog-${++count}`;
   const title = el("h2", { id, text: heading, tabindex: "-1", class: "dialog-title" });
-  const shut = el("button", { type: "button", class: "round", "aria-label": t("close"), on: { click: () => dialog.close() } }, icon("close"));
+  const shut = el(
+    "button",
+    {
+      type: "button",
+      class: "round",
+      "aria-label": t("close"),
+      on: { click: () => dialog.close() },
+    },
+    icon("close"),
+  );
   const body = el("div", { class: "dialog-body" }, content);
-  const dialog = el("dialog", { class: `dialog ${kind}`, "aria-labelledby": id }, el("div", { class: "dialog-head" }, title, shut), body);
+  const dialog = el(
+    "dialog",
+    { class: `dialog ${kind}`, "aria-labelledby": id },
+    el("div", { class: "dialog-head" }, title, shut),
+    body,
+  );
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.addEventListener("close", () => {
     dialog.remove();
@@ -30,10 +44,26 @@ export function confirmed({ heading, text, yes, danger = false, more = [] }) {
     const row = el(
       "div",
       { class: "dialog-actions" },
-      el("button", { type: "button", class: "button", text: t("cancel"), on: { click: said("") }, autofocus: true }),
-      el("button", { type: "button", class: `button ${danger ? "danger" : "main"}`, text: yes, on: { click: said("yes") } }),
+      el("button", {
+        type: "button",
+        class: "button",
+        text: t("cancel"),
+        on: { click: said("") },
+        autofocus: true,
+      }),
+      el("button", {
+        type: "button",
+        class: `button ${danger ? "danger" : "main"}`,
+        text: yes,
+        on: { click: said("yes") },
+      }),
     );
     const content = [el("p", { text }), ...more, row];
-    const { dialog } = open({ heading, kind: "box question", content, closed: (value) => answer(value === "yes") });
+    const { dialog } = open({
+      heading,
+      kind: "box question",
+      content,
+      closed: (value) => answer(value === "yes"),
+    });
   });
 }

@@ -15,11 +15,34 @@ export function askForKey(refused) {
 
 function asked(refused) {
   return new Promise((answer) => {
-    const input = el("input", { id: "api-key", type: "password", class: "field", autocomplete: "off", required: true, "aria-describedby": "api-key-note" });
-    const note = el("p", { id: "api-key-note", class: refused ? "bad" : "soft", text: t(refused ? "key.refused" : "key.text") });
+    const input = el("input", {
+      id: "api-key",
+      type: "password",
+      class: "field",
+      autocomplete: "off",
+      required: true,
+      "aria-describedby": "api-key-note",
+    });
+    const note = el("p", {
+      id: "api-key-note",
+      class: refused ? "bad" : "soft",
+      text: t(refused ? "key.refused" : "key.text"),
+    });
     const use = el("button", { class: "button main", text: t("key.use") });
-    const form = el("form", { class: "stack" }, note, el("label", { for: "api-key", class: "label", text: t("key.label") }), input, el("div", { class: "dialog-actions" }, use));
-    const { dialog } = open({ heading: t("key.heading"), kind: "box question", content: [form], closed: (value) => answer(value === "key") });
+    const form = el(
+      "form",
+      { class: "stack" },
+      note,
+      el("label", { for: "api-key", class: "label", text: t("key.label") }),
+      input,
+      el("div", { class: "dialog-actions" }, use),
+    );
+    const { dialog } = open({
+      heading: t("key.heading"),
+      kind: "box question",
+      content: [form],
+      closed: (value) => answer(value === "key"),
+    });
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       keep("key", input.value.trim(), sessionStorage);

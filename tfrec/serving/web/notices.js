@@ -11,7 +11,9 @@ let timer = 0;
 
 /** Says a sentence, seen and heard; `marks` are short facts beside it, `heard` tells them in words. */
 export function say(sentence, marks = [], heard = sentence) {
-  const row = marks.length ? el("span", { class: "notice-marks", "aria-hidden": "true" }, marks) : null;
+  const row = marks.length
+    ? el("span", { class: "notice-marks", "aria-hidden": "true" }, marks)
+    : null;
   byId("heard").textContent = heard;
   show(el("p", { class: "notice-text", text: sentence }), row, false);
 }
@@ -26,15 +28,20 @@ export function complain(error) {
 
 function show(text, row, bad) {
   clearTimeout(timer);
-  const close = el("button", { type: "button", class: "round", "aria-label": t("close"), on: { click: quiet } }, icon("close"));
+  const close = el(
+    "button",
+    { type: "button", class: "round", "aria-label": t("close"), on: { click: quiet } },
+    icon("close"),
+  );
   byId("notice").classList.toggle("bad", bad);
   byId("notice").hidden = false;
   byId("notice-content").replaceChildren(...[text, row].filter(Boolean));
   byId("notice-close").replaceChildren(close);
-  if (!bad) timer = setTimeout(function wait() {
-    if (byId("notice").matches(":hover, :focus-within")) timer = setTimeout(wait, 2000);
-    else quiet();
-  }, SHOWN);
+  if (!bad)
+    timer = setTimeout(function wait() {
+      if (byId("notice").matches(":hover, :focus-within")) timer = setTimeout(wait, 2000);
+      else quiet();
+    }, SHOWN);
 }
 
 /** Takes the notice away. */

@@ -26,7 +26,13 @@ async function sent() {
     await api.events(batch);
   } catch (error) {
     // What is refused once is refused always; only what never arrived may come again.
-    if (error instanceof Refused && error.status >= 400 && error.status < 500 && error.status !== 429) drop(batch);
+    if (
+      error instanceof Refused &&
+      error.status >= 400 &&
+      error.status < 500 &&
+      error.status !== 429
+    )
+      drop(batch);
     throw error;
   }
   drop(batch);

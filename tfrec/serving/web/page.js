@@ -48,7 +48,12 @@ async function fetched() {
 
 async function searched() {
   const answer = await api.search({ q: page.query, k: FOUND, user_id: page.who.user_id });
-  const shelf = { key: "search", about: null, name: t("search.heading", { query: page.query }), items: answer.items };
+  const shelf = {
+    key: "search",
+    about: null,
+    name: t("search.heading", { query: page.query }),
+    items: answer.items,
+  };
   return { shelves: [shelf], version: answer.model_version, request: answer.request_id };
 }
 
@@ -56,7 +61,8 @@ async function searched() {
 async function remembered() {
   const { user_id } = page.who;
   const { history: events, earlier } = await api.user(user_id);
-  if (user_id === page.who.user_id) page.taste = new Taste([...events, ...pending(user_id)], earlier);
+  if (user_id === page.who.user_id)
+    page.taste = new Taste([...events, ...pending(user_id)], earlier);
 }
 
 // ---- What is shown ----
@@ -69,7 +75,9 @@ async function load(cause = null) {
   try {
     const answer = await fetched();
     if (mine !== page.asked) return;
-    const shelves = answer.shelves.map((shelf) => ({ ...shelf, items: page.taste.shown(shelf.items) })).filter((shelf) => shelf.items.length);
+    const shelves = answer.shelves
+      .map((shelf) => ({ ...shelf, items: page.taste.shown(shelf.items) }))
+      .filter((shelf) => shelf.items.length);
     page.answer = answer;
     await show(shelves, cause);
   } catch (error) {
@@ -87,28 +95,48 @@ function waiting() {
 function failed(error) {
   complain(error);
   if (page.shelves.size || error instanceof Gone) return;
-  const again = el("button", { type: "button", class: "button", text: t("error.retry"), on: { click: () => load() } });
+  const again = el("button", {
+    type: "button",
+    class: "button",
+    text: t("error.retry"),
+    on: { click: () => load() },
+  });
   byId("shelves").replaceChildren(el("p", { class: "empty" }, error.message), again);
 }
 
 async function show(shelves, cause) {
   const before = new Map([...page.shelves].map(([key, shelf]) => [key, shelf.ids()]));
-  const after = new Map(shelves.map((shelf) => [keyOf(shelf), shelf.items.map((item) => item.item_id)]));
+  const after = new Map(
+    shelves.map((shelf) => [keyOf(shelf), shelf.items.map((item) => item.item_id)]),
+  );
   const held = focused();
-  if (cause) await Promise.all([...page.shelves].map(([key, shelf]) => shelf.leave(compared(before.get(key), after.get(key) ?? []).gone)));
+  if (cause)
+    await Promise.all(
+      [...page.shelves].map(([key, shelf]) =>
+        shelf.leave(compared(before.get(key), after.get(key) ?? []).gone),
+      ),
+    );
   const places = new Map([...page.shelves].map(([key, shelf]) => [key, shelf.places()]));
   arrange(shelves);
   for (const [key, shelf] of page.shelves) mark(shelf, before.get(key), cause);
   if (cause) for (const [key, shelf] of page.shelves) shelf.glide(places.get(key));
   refocus(held);
   fan();
-  if (!shelves.length) byId("shelves").replaceChildren(el("p", { class: "empty", text: page.query ? t("search.none", { query: page.query }) : t("shelf.empty") }));
+  if (!shelves.length)
+    byId("shelves").replaceChildren(
+      el("p", {
+        class: "empty",
+        text: page.query ? t("search.none", { query: page.query }) : t("shelf.empty"),
+      }),
+    );
   tell(before, after, cause);
 }
 
 /** Covers of what is really there, beside the welcome. */
 function fan() {
-  const items = [...page.shelves.values()].flatMap((shelf) => [...shelf.cards.values()].map((card) => card.item));
+  const items = [...page.shelves.values()].flatMap((shelf) =>
+    [...shelf.cards.values()].map((card) => card.item),
+  );
   document.querySelector(".fan")?.replaceChildren(...items.slice(0, 5).map((item) => cover(item)));
 }
 
@@ -117,7 +145,9 @@ function arrange(shelves) {
   const next = new Map();
   for (const told of shelves) {
     const key = keyOf(told);
-    const shelf = page.shelves.get(key) ?? new Shelf(told, page.taste, handlers, { grid: told.key === "search" });
+    const shelf =
+      page.shelves.get(key) ??
+      new Shelf(told, page.taste, handlers, { grid: told.key === "search" });
     shelf.told = told;
     shelf.taste = page.taste;
     if (told.key === "search") shelf.title();
@@ -127,7 +157,11 @@ function arrange(shelves) {
   page.shelves = next;
   const roots = [...next.values()].map((shelf) => shelf.root);
   for (const child of [...byId("shelves").children]) if (!roots.includes(child)) child.remove();
-  roots.forEach((root, i) => byId("shelves").children[i] !== root && byId("shelves").insertBefore(root, byId("shelves").children[i] ?? null));
+  roots.forEach(
+    (root, i) =>
+      byId("shelves").children[i] !== root &&
+      byId("shelves").insertBefore(root, byId("shelves").children[i] ?? null),
+  );
 }
 
 function mark(shelf, before, cause) {
@@ -139,7 +173,8 @@ function mark(shelf, before, cause) {
 }
 
 function tell(before, after, cause) {
-  if (page.query && !cause) byId("heard").textContent = t("search.count", { n: [...after.values()].flat().length });
+  if (page.query && !cause)
+    byId("heard").textContent = t("search.count", { n: [...after.values()].flat().length });
   if (!cause) return;
   const counts = counted(before, after);
   const { lead, rest, heard } = sentences(counts, cause);
@@ -170,17 +205,30 @@ const handlers = (shelf) => ({
   act,
   open(card) {
     const place = shelf.ids().indexOf(card.item.item_id) + 1;
-    panel({ item: card.item, place, shelf: shelf.told, version: page.answer.version, request: page.answer.request }, { taste: page.taste, act, user: page.who.user_id });
+    panel(
+      {
+        item: card.item,
+        place,
+        shelf: shelf.told,
+        version: page.answer.version,
+        request: page.answer.request,
+      },
+      { taste: page.taste, act, user: page.who.user_id },
+    );
   },
 });
 
 /** Shows an action at once, sends it, and shows what the service makes of it. */
 async function act(item, event, value = null) {
   const { user_id } = page.who;
-  if (event === "like" && page.taste.of(item.item_id).liked) return say(t("change.already", { title: item.title }));
+  if (event === "like" && page.taste.of(item.item_id).liked)
+    return say(t("change.already", { title: item.title }));
   const before = page.taste.learn({ item_id: item.item_id, event, value });
   for (const shelf of page.shelves.values()) shelf.cards.get(item.item_id)?.tell();
-  for (const shelf of page.shelves.values()) shelf.root.querySelectorAll(`[data-item="${CSS.escape(item.item_id)}"]`).forEach((card) => card.classList.toggle("leaving", event === "hide"));
+  for (const shelf of page.shelves.values())
+    shelf.root
+      .querySelectorAll(`[data-item="${CSS.escape(item.item_id)}"]`)
+      .forEach((card) => card.classList.toggle("leaving", event === "hide"));
   const told = { user_id, item_id: item.item_id, event };
   if (value !== null) told.value = value;
   try {
@@ -244,7 +292,11 @@ function again() {
     dialog.close();
     chosen(who);
   };
-  const { dialog } = open({ heading: t("who.heading.change"), kind: "box wide", content: [asking(page.catalog, done, { heading: false })] });
+  const { dialog } = open({
+    heading: t("who.heading.change"),
+    kind: "box wide",
+    content: [asking(page.catalog, done, { heading: false })],
+  });
 }
 
 /** The welcome of somebody new, or the line that says for whom the shelves are. */
@@ -253,11 +305,17 @@ function people() {
   byId("who").hidden = !known;
   byId("welcome").hidden = known;
   byId("variety").hidden = !known;
-  byId("welcome").replaceChildren(...(known || !page.catalog ? [] : [asking(page.catalog, chosen)]));
+  byId("welcome").replaceChildren(
+    ...(known || !page.catalog ? [] : [asking(page.catalog, chosen)]),
+  );
   fan();
   if (!known) return;
   const wide = () => again();
-  bar(page.who, { edit: wide, switched: page.who.kind === "user" || !page.catalog?.text ? wide : () => pick(chosen), history: () => history(page.who, forgotten) });
+  bar(page.who, {
+    edit: wide,
+    switched: page.who.kind === "user" || !page.catalog?.text ? wide : () => pick(chosen),
+    history: () => history(page.who, forgotten),
+  });
 }
 
 // ---- Search and variety ----
@@ -297,7 +355,8 @@ function search() {
 function variety() {
   const slider = byId("diversity");
   slider.value = String(Math.round((page.diversity ?? page.catalog?.diversity ?? 0) * 100));
-  const told = () => set(slider, "aria-valuetext", t("slider.value", { percent: number(Number(slider.value)) }));
+  const told = () =>
+    set(slider, "aria-valuetext", t("slider.value", { percent: number(Number(slider.value)) }));
   const moved = paused(300, () => {
     const wanted = Number(slider.value) / 100;
     const kind = wanted > (page.diversity ?? 0) ? "diverse" : "focused";

@@ -25,14 +25,30 @@ export function panel(seen, page) {
     page.act(...told);
   };
   const text = el("p", { class: "panel-text" });
-  const head = el("div", { class: "panel-head" }, cover(item), el("div", { class: "panel-about" }, el("p", { class: "tags" }, meta(item, 8).map((word) => el("span", { class: "tag", text: word }))), text), actions(item, page.taste, act, { wide: true }));
+  const head = el(
+    "div",
+    { class: "panel-head" },
+    cover(item),
+    el(
+      "div",
+      { class: "panel-about" },
+      el(
+        "p",
+        { class: "tags" },
+        meta(item, 8).map((word) => el("span", { class: "tag", text: word })),
+      ),
+      text,
+    ),
+    actions(item, page.taste, act, { wide: true }),
+  );
   const similar = el("ul", { class: "minis" });
   body.replaceChildren(head, account(seen), section("why.similar", similar));
   describe(item, text);
   alike(item, similar, page, dialog);
 }
 
-const section = (key, ...content) => el("section", { class: "panel-part" }, el("h3", { text: t(key) }), content);
+const section = (key, ...content) =>
+  el("section", { class: "panel-part" }, el("h3", { text: t(key) }), content);
 
 function account(seen) {
   const { item } = seen;
@@ -40,7 +56,11 @@ function account(seen) {
   return el(
     "div",
     { class: "stack" },
-    section("why.heading", el("p", { class: "lead", text: reason(item, seen.shelf) }), sources(item, told)),
+    section(
+      "why.heading",
+      el("p", { class: "lead", text: reason(item, seen.shelf) }),
+      sources(item, told),
+    ),
     told ? section("why.nearest", nearest(told.because ?? [])) : null,
     section("why.parts", parts(item)),
     told?.rank_before ? section("why.rank", el("p", { text: order(told, seen) })) : null,
@@ -62,28 +82,74 @@ const name = (kind, key) => (has(`${kind}.${key}`) ? t(`${kind}.${key}`) : key);
 
 function sources(item, told) {
   const found = [...new Set([...(told?.sources ?? []), item.source])];
-  return el("p", { class: "tags" }, el("span", { class: "soft", text: t("why.sources") }), found.map((source) => el("span", { class: `tag source ${source}`, text: name("source", source) })));
+  return el(
+    "p",
+    { class: "tags" },
+    el("span", { class: "soft", text: t("why.sources") }),
+    found.map((source) =>
+      el("span", { class: `tag source ${source}`, text: name("source", source) }),
+    ),
+  );
 }
 
 function nearest(because) {
   if (!because.length) return el("p", { class: "soft", text: t("why.nearest.none") });
   const row = ({ item_id, title, similarity }) => {
     const slot = el("span", { class: "near-cover" });
-    api.item(item_id).then((item) => slot.replaceChildren(cover(item, { bare: true })), () => {});
+    api.item(item_id).then(
+      (item) => slot.replaceChildren(cover(item, { bare: true })),
+      () => {},
+    );
     const { name: words, year } = named(title);
-    return el("li", { class: "near" }, slot, el("div", {}, el("p", { class: "near-title" }, words, year && el("span", { class: "soft", text: ` ${year}` })), bar(Math.max(0, similarity), 0, 1), el("p", { class: "soft small", text: t("why.similarity", { percent: number(similarity * 100) }) })));
+    return el(
+      "li",
+      { class: "near" },
+      slot,
+      el(
+        "div",
+        {},
+        el(
+          "p",
+          { class: "near-title" },
+          words,
+          year && el("span", { class: "soft", text: ` ${year}` }),
+        ),
+        bar(Math.max(0, similarity), 0, 1),
+        el("p", {
+          class: "soft small",
+          text: t("why.similarity", { percent: number(similarity * 100) }),
+        }),
+      ),
+    );
   };
   return el("ul", { class: "nears" }, because.map(row));
 }
 
 function parts(item) {
-  const pairs = Object.entries(item.parts ?? {}).sort((one, two) => Math.abs(two[1]) - Math.abs(one[1]));
-  const total = el("p", { class: "total" }, el("span", { text: t("why.score") }), el("strong", { text: number(item.score, 3, 3) }));
+  const pairs = Object.entries(item.parts ?? {}).sort(
+    (one, two) => Math.abs(two[1]) - Math.abs(one[1]),
+  );
+  const total = el(
+    "p",
+    { class: "total" },
+    el("span", { text: t("why.score") }),
+    el("strong", { text: number(item.score, 3, 3) }),
+  );
   if (!pairs.length) return [total];
   const sum = pairs.reduce((all, [, value]) => all + value, 0);
   const apart = Math.abs(sum - item.score) > 0.002 * Math.max(1, Math.abs(item.score));
-  const table = bars(pairs.map(([key, value]) => [name("part", key), value]), t("why.parts"), (value) => number(value, 3, 3));
-  return [total, table, apart ? el("p", { class: "soft small", text: t("why.parts.before", { sum: number(sum, 3, 3) }) }) : null].filter(Boolean);
+  const table = bars(
+    pairs.map(([key, value]) => [name("part", key), value]),
+    t("why.parts"),
+    (value) => number(value, 3, 3),
+  );
+  return [
+    total,
+    table,
+    apart
+      ? el("p", { class: "soft small", text: t("why.parts.before", { sum: number(sum, 3, 3) }) })
+      : null,
+  ].filter(Boolean);
 }
 
 function order({ rank_before: before, moved }, { place }) {
@@ -93,15 +159,29 @@ function order({ rank_before: before, moved }, { place }) {
 }
 
 function facts({ item, version, request }) {
-  const row = (key, value, note = "") => [el("dt", { text: t(key) }), el("dd", {}, value, note && el("span", { class: "soft", text: ` ${note}` }))];
+  const row = (key, value, note = "") => [
+    el("dt", { text: t(key) }),
+    el("dd", {}, value, note && el("span", { class: "soft", text: ` ${note}` })),
+  ];
   const chance = item.propensity == null ? t("why.unknown") : percent(item.propensity, 1);
-  return el("dl", { class: "facts" }, row("why.version", version), row("why.propensity", chance, item.propensity == null ? "" : t("why.propensity.note")), row("why.id", item.item_id), request ? row("why.request", request) : []);
+  return el(
+    "dl",
+    { class: "facts" },
+    row("why.version", version),
+    row("why.propensity", chance, item.propensity == null ? "" : t("why.propensity.note")),
+    row("why.id", item.item_id),
+    request ? row("why.request", request) : [],
+  );
 }
 
 /** Whether a text says anything beside title and attributes. */
 function more(text, item) {
-  const known = [item.title, ...Object.values(item.attributes ?? {}).flat()].sort((one, two) => two.length - one.length);
-  return /[\p{L}\p{N}]{2}/u.test(known.reduce((rest, word) => rest.replaceAll(word, ""), text ?? ""));
+  const known = [item.title, ...Object.values(item.attributes ?? {}).flat()].sort(
+    (one, two) => two.length - one.length,
+  );
+  return /[\p{L}\p{N}]{2}/u.test(
+    known.reduce((rest, word) => rest.replaceAll(word, ""), text ?? ""),
+  );
 }
 
 /** The item's own text, where it says more than title and attributes. */
@@ -121,9 +201,31 @@ async function alike(item, list, page, dialog) {
       const { name: words } = named(found.title);
       const next = () => {
         dialog.close();
-        panel({ item: found, shelf: { key: "similar", about: item }, version: answer.model_version, request: answer.request_id }, page);
+        panel(
+          {
+            item: found,
+            shelf: { key: "similar", about: item },
+            version: answer.model_version,
+            request: answer.request_id,
+          },
+          page,
+        );
       };
-      return el("li", {}, el("button", { type: "button", class: "mini", on: { click: next }, "aria-label": t("card.open", { title: words }) }, cover(found), el("span", { class: "mini-title", text: words })));
+      return el(
+        "li",
+        {},
+        el(
+          "button",
+          {
+            type: "button",
+            class: "mini",
+            on: { click: next },
+            "aria-label": t("card.open", { title: words }),
+          },
+          cover(found),
+          el("span", { class: "mini-title", text: words }),
+        ),
+      );
     };
     const items = page.taste.shown(answer.items);
     list.replaceChildren(...items.map(other));

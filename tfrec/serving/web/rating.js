@@ -7,13 +7,31 @@ import { named } from "./titles.js";
 
 /** Opens the stars; the one that is chosen is told as a `rating`. */
 export function rate(opener, item, rating, act) {
-  const box = el("div", { class: "stars", popover: "auto", role: "group", "aria-label": t("card.rate.of", { title: named(item.title).name }) });
+  const box = el("div", {
+    class: "stars",
+    popover: "auto",
+    role: "group",
+    "aria-label": t("card.rate.of", { title: named(item.title).name }),
+  });
   const choose = (value) => () => {
     box.hidePopover();
     act(item, "rating", value);
   };
   const stars = [1, 2, 3, 4, 5].map((value) =>
-    el("button", { type: "button", class: `star ${value <= (rating ?? 0) ? "on" : ""}`, "aria-label": t("card.stars", { n: value }), on: { click: choose(value), pointerenter: () => light(stars, value), focus: () => light(stars, value) } }, icon("star")),
+    el(
+      "button",
+      {
+        type: "button",
+        class: `star ${value <= (rating ?? 0) ? "on" : ""}`,
+        "aria-label": t("card.stars", { n: value }),
+        on: {
+          click: choose(value),
+          pointerenter: () => light(stars, value),
+          focus: () => light(stars, value),
+        },
+      },
+      icon("star"),
+    ),
   );
   box.append(...stars);
   box.onkeydown = (event) => walk(event, stars);

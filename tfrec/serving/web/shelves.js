@@ -26,8 +26,15 @@ export class Shelf {
   title() {
     const id = `shelf-${this.key}`;
     const name = this.name();
-    const about = ["for_you", "new_to_you", "popular"].includes(this.told.key) ? t(`shelf.${this.told.key}.about`) : "";
-    const head = el("div", { class: "shelf-head" }, el(this.grid ? "h1" : "h2", { id }, name, this.badge), el("p", { class: "soft", text: about }));
+    const about = ["for_you", "new_to_you", "popular"].includes(this.told.key)
+      ? t(`shelf.${this.told.key}.about`)
+      : "";
+    const head = el(
+      "div",
+      { class: "shelf-head" },
+      el(this.grid ? "h1" : "h2", { id }, name, this.badge),
+      el("p", { class: "soft", text: about }),
+    );
     this.list.setAttribute("aria-labelledby", id);
     this.root.setAttribute("aria-labelledby", id);
     if (!this.grid) head.append(this.arrows(name));
@@ -36,13 +43,30 @@ export class Shelf {
 
   name() {
     const { key, about } = this.told;
-    if (key === "because") return t(this.taste.likes(about.item_id) ? "shelf.because" : "shelf.because_chosen", { title: named(about.title).name });
+    if (key === "because")
+      return t(this.taste.likes(about.item_id) ? "shelf.because" : "shelf.because_chosen", {
+        title: named(about.title).name,
+      });
     return this.told.name ?? t(`shelf.${key}`);
   }
 
   arrows(name) {
-    const go = (way) => () => this.list.scrollBy({ left: way * this.list.clientWidth * 0.85, behavior: still() ? "auto" : "smooth" });
-    const arrow = (key, symbol, way) => el("button", { type: "button", class: "round", "aria-label": t(key, { shelf: name }), on: { click: go(way) } }, icon(symbol));
+    const go = (way) => () =>
+      this.list.scrollBy({
+        left: way * this.list.clientWidth * 0.85,
+        behavior: still() ? "auto" : "smooth",
+      });
+    const arrow = (key, symbol, way) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "round",
+          "aria-label": t(key, { shelf: name }),
+          on: { click: go(way) },
+        },
+        icon(symbol),
+      );
     this.ways = [arrow("shelf.back", "left", -1), arrow("shelf.on", "right", 1)];
     this.list.addEventListener("scroll", () => this.reach(), { passive: true });
     return el("div", { class: "arrows" }, this.ways);
@@ -71,7 +95,11 @@ export class Shelf {
       cards.set(item.item_id, card);
     }
     for (const [id, card] of this.cards) if (!cards.has(id)) card.root.remove();
-    [...cards.values()].forEach((card, i) => this.list.children[i] !== card.root && this.list.insertBefore(card.root, this.list.children[i] ?? null));
+    [...cards.values()].forEach(
+      (card, i) =>
+        this.list.children[i] !== card.root &&
+        this.list.insertBefore(card.root, this.list.children[i] ?? null),
+    );
     this.cards = cards;
     requestAnimationFrame(() => this.reach());
   }
@@ -89,7 +117,16 @@ export class Shelf {
 
   /** Fades cards out before they leave. */
   async leave(ids) {
-    const fades = ids.map((id) => this.cards.get(id)?.root).filter(Boolean).map((root) => root.animate({ opacity: [1, 0], scale: [1, 0.94] }, { duration: still() ? 1 : 180, fill: "forwards" }).finished);
+    const fades = ids
+      .map((id) => this.cards.get(id)?.root)
+      .filter(Boolean)
+      .map(
+        (root) =>
+          root.animate(
+            { opacity: [1, 0], scale: [1, 0.94] },
+            { duration: still() ? 1 : 180, fill: "forwards" },
+          ).finished,
+      );
     await Promise.allSettled(fades);
   }
 
@@ -100,15 +137,33 @@ export class Shelf {
     for (const [id, card] of this.cards) {
       const was = before?.get(id);
       const is = card.root.getBoundingClientRect();
-      if (!was) card.root.animate({ opacity: [0, 1], translate: ["0 14px", "0 0"] }, { ...MOVE, duration: 520 });
-      else if (was.left !== is.left || was.top !== is.top) shift(card.root, was.left - is.left, was.top - is.top);
+      if (!was)
+        card.root.animate(
+          { opacity: [0, 1], translate: ["0 14px", "0 0"] },
+          { ...MOVE, duration: 520 },
+        );
+      else if (was.left !== is.left || was.top !== is.top)
+        shift(card.root, was.left - is.left, was.top - is.top);
     }
   }
 }
 
 /** Grey cards while the first answer is on its way. */
 export function skeleton(rows = 3) {
-  const card = () => el("li", { class: "card ghost" }, el("span", { class: "ghost-cover" }), el("span", { class: "ghost-line" }), el("span", { class: "ghost-line short" }));
-  const row = () => el("section", { class: "shelf", "aria-hidden": "true" }, el("span", { class: "ghost-line title" }), el("ul", { class: "row" }, Array.from({ length: 9 }, card)));
+  const card = () =>
+    el(
+      "li",
+      { class: "card ghost" },
+      el("span", { class: "ghost-cover" }),
+      el("span", { class: "ghost-line" }),
+      el("span", { class: "ghost-line short" }),
+    );
+  const row = () =>
+    el(
+      "section",
+      { class: "shelf", "aria-hidden": "true" },
+      el("span", { class: "ghost-line title" }),
+      el("ul", { class: "row" }, Array.from({ length: 9 }, card)),
+    );
   return Array.from({ length: rows }, row);
 }

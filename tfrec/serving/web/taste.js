@@ -19,7 +19,12 @@ export class Taste {
   learn({ item_id, event, value }) {
     const before = this.of(item_id);
     if (welcome({ event, value })) this.#fond.add(item_id);
-    const changes = { like: { liked: true, hidden: false }, hide: { hidden: true, liked: false }, dislike: { liked: false }, rating: { rating: value, hidden: false } };
+    const changes = {
+      like: { liked: true, hidden: false },
+      hide: { hidden: true, liked: false },
+      dislike: { liked: false },
+      rating: { rating: value, hidden: false },
+    };
     if (changes[event]) this.#known.set(item_id, { ...before, ...changes[event] });
     return before;
   }
@@ -39,4 +44,5 @@ export class Taste {
   }
 }
 
-const welcome = ({ event, value }) => ["like", "purchase"].includes(event) || (["rating", "interaction"].includes(event) && value > 3);
+const welcome = ({ event, value }) =>
+  ["like", "purchase"].includes(event) || (["rating", "interaction"].includes(event) && value > 3);

@@ -17,7 +17,8 @@ export async function loadTexts() {
 /** A text by its key with its {places} filled; numbers choose the form and are set as people write them. */
 export function t(key, told = {}) {
   let text = tables[language][key] ?? tables.en[key] ?? key;
-  if (typeof text === "object") text = text[new Intl.PluralRules(language).select(told.n)] ?? text.other;
+  if (typeof text === "object")
+    text = text[new Intl.PluralRules(language).select(told.n)] ?? text.other;
   return text.replace(/\{(\w+)\}/g, (whole, name) => shown(told[name] ?? whole));
 }
 
@@ -32,19 +33,25 @@ export function number(value, digits = 0, least = 0) {
 }
 
 export function percent(share, digits = 0) {
-  return new Intl.NumberFormat(NAMES[language], { style: "percent", maximumFractionDigits: digits }).format(share);
+  return new Intl.NumberFormat(NAMES[language], {
+    style: "percent",
+    maximumFractionDigits: digits,
+  }).format(share);
 }
 
 /** A moment, given in milliseconds since 1970 or as text. */
 export function moment(when, told = { dateStyle: "medium", timeStyle: "short" }) {
   const date = new Date(when);
-  return Number.isNaN(date.getTime()) ? String(when) : new Intl.DateTimeFormat(NAMES[language], told).format(date);
+  return Number.isNaN(date.getTime())
+    ? String(when)
+    : new Intl.DateTimeFormat(NAMES[language], told).format(date);
 }
 
 /** Fills every element that names a text: as content, label, placeholder or tooltip. */
 export function translate(root = document) {
   const fill = (attribute, write) => {
-    for (const node of root.querySelectorAll(`[${attribute}]`)) write(node, t(node.getAttribute(attribute)));
+    for (const node of root.querySelectorAll(`[${attribute}]`))
+      write(node, t(node.getAttribute(attribute)));
   };
   fill("data-t", (node, text) => (node.textContent = text));
   fill("data-t-label", (node, text) => node.setAttribute("aria-label", text));

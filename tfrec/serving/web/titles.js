@@ -14,7 +14,10 @@ export function named(title) {
 
 /** What stands below a title: its year and the first of its attributes' values, numbers by name. */
 export function meta({ title, attributes }, most = 3) {
-  const told = (column, value) => (/^[\d.,-]+$/.test(value) && !/^(19|20)\d\d$/.test(value) ? `${column} ${value}` : value);
-  const values = Object.entries(attributes ?? {}).flatMap(([column, cells]) => cells.filter((v) => v && v !== "unknown").map((v) => told(column, v)));
+  const told = (column, value) =>
+    /^[\d.,-]+$/.test(value) && !/^(19|20)\d\d$/.test(value) ? `${column} ${value}` : value;
+  const values = Object.entries(attributes ?? {}).flatMap(([column, cells]) =>
+    cells.filter((v) => v && v !== "unknown").map((v) => told(column, v)),
+  );
   return [...new Set([named(title).year, ...values].filter(Boolean))].slice(0, most);
 }

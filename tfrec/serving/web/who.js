@@ -14,7 +14,10 @@ const WORDS = 12;
 
 /** The visitor as kept; a new one has an id drawn at random, and has said nothing yet. */
 export function visitor() {
-  return kept("visitor") ?? become({ kind: "self", user_id: drawnId("visitor-"), profile: "", said: false });
+  return (
+    kept("visitor") ??
+    become({ kind: "self", user_id: drawnId("visitor-"), profile: "", said: false })
+  );
 }
 
 /** Keeps who is here. Somebody's own id comes back after having looked at another user's lists. */
@@ -33,19 +36,42 @@ export function described(profile) {
 /** Where a visitor says who he is; `chosen(visitor)` is called when he has. */
 export function asking(catalog, chosen, { heading = true } = {}) {
   const said = kept("self")?.profile ?? "";
-  const words = catalog.text ? inWords(catalog, said, chosen) : el("p", { class: "soft", text: t("who.words.none") });
-  const head = heading && el("div", { class: "hero-head" }, el("h1", { text: t("who.heading") }), el("p", { class: "lead", text: t("who.lead") }), el("p", { class: "soft", text: t("who.items", { n: catalog.items }) }), el("div", { class: "fan" }));
+  const words = catalog.text
+    ? inWords(catalog, said, chosen)
+    : el("p", { class: "soft", text: t("who.words.none") });
+  const head =
+    heading &&
+    el(
+      "div",
+      { class: "hero-head" },
+      el("h1", { text: t("who.heading") }),
+      el("p", { class: "lead", text: t("who.lead") }),
+      el("p", { class: "soft", text: t("who.items", { n: catalog.items }) }),
+      el("div", { class: "fan" }),
+    );
   return el(
     "div",
     { class: "asking" },
     head,
     el("section", { class: "choice" }, el("h2", {}, icon("pen"), t("who.words")), words),
-    el("section", { class: "choice" }, el("h2", {}, icon("people"), t("who.pick")), el("p", { class: "soft", text: t("who.pick.hint") }), sample(chosen)),
+    el(
+      "section",
+      { class: "choice" },
+      el("h2", {}, icon("people"), t("who.pick")),
+      el("p", { class: "soft", text: t("who.pick.hint") }),
+      sample(chosen),
+    ),
   );
 }
 
 function inWords(catalog, said, chosen) {
-  const input = el("textarea", { id: "words", class: "field", rows: 4, maxlength: 2000, placeholder: t("who.words.hint") });
+  const input = el("textarea", {
+    id: "words",
+    class: "field",
+    rows: 4,
+    maxlength: 2000,
+    placeholder: t("who.words.hint"),
+  });
   const bad = el("p", { class: "bad", id: "words-bad", role: "alert" });
   input.value = said;
   const add = (word) => () => {
@@ -53,14 +79,18 @@ function inWords(catalog, said, chosen) {
     input.value = before ? `${before}${/[,.;:!?，。]$/.test(before) ? "" : ","} ${word}` : word;
     input.focus();
   };
-  const chips = examples(catalog).map((word) => el("button", { type: "button", class: "chip", text: word, on: { click: add(word) } }));
+  const chips = examples(catalog).map((word) =>
+    el("button", { type: "button", class: "chip", text: word, on: { click: add(word) } }),
+  );
   const form = el(
     "form",
     { class: "stack", novalidate: true },
     el("label", { for: "words", class: "visually-hidden", text: t("who.words.label") }),
     input,
     bad,
-    chips.length ? el("div", { class: "chips", role: "group", "aria-label": t("who.words.add") }, chips) : null,
+    chips.length
+      ? el("div", { class: "chips", role: "group", "aria-label": t("who.words.add") }, chips)
+      : null,
     el("button", { class: "button main", text: t("who.words.show") }),
   );
   form.addEventListener("submit", (event) => {
@@ -75,14 +105,25 @@ function inWords(catalog, said, chosen) {
 
 /** Words of the catalog itself, from the attribute that sorts it into the fewest kinds. */
 function examples({ attributes }) {
-  const kinds = Object.values(attributes ?? {}).map((values) => values.filter((v) => v && v !== "unknown" && !/^\d+$/.test(v))).filter((values) => values.length > 1);
-  return (kinds.sort((one, two) => one.length - two.length).find((values) => values.length >= 4) ?? kinds[0] ?? []).slice(0, WORDS);
+  const kinds = Object.values(attributes ?? {})
+    .map((values) => values.filter((v) => v && v !== "unknown" && !/^\d+$/.test(v)))
+    .filter((values) => values.length > 1);
+  return (
+    kinds.sort((one, two) => one.length - two.length).find((values) => values.length >= 4) ??
+    kinds[0] ??
+    []
+  ).slice(0, WORDS);
 }
 
 /** A few users, and a way to all of them. */
 function sample(chosen) {
   const list = el("ul", { class: "people" });
-  const all = el("button", { type: "button", class: "button", on: { click: () => pick(chosen) } }, icon("search"), t("who.pick.button"));
+  const all = el(
+    "button",
+    { type: "button", class: "button", on: { click: () => pick(chosen) } },
+    icon("search"),
+    t("who.pick.button"),
+  );
   api.users({ limit: 4 }).then(({ users }) => {
     list.append(...users.map((user) => entry(user, chosen)));
     if (!users.length) list.replaceWith(el("p", { class: "soft", text: t("who.pick.nobody") }));
@@ -91,20 +132,43 @@ function sample(chosen) {
 }
 
 function entry(user, chosen) {
-  const take = () => chosen(become({ kind: "user", user_id: user.user_id, profile: user.profile, said: true }));
+  const take = () =>
+    chosen(become({ kind: "user", user_id: user.user_id, profile: user.profile, said: true }));
   return el(
     "li",
     {},
-    el("button", { type: "button", class: "person-entry", "data-user": user.user_id, on: { click: take } }, person(user.user_id), el("span", { class: "person-name" }, el("strong", { text: t("who.user", { id: user.user_id }) }), el("span", { class: "soft", text: user.profile })), el("span", { class: "soft count", text: t("who.events", { n: user.events }) })),
+    el(
+      "button",
+      { type: "button", class: "person-entry", "data-user": user.user_id, on: { click: take } },
+      person(user.user_id),
+      el(
+        "span",
+        { class: "person-name" },
+        el("strong", { text: t("who.user", { id: user.user_id }) }),
+        el("span", { class: "soft", text: user.profile }),
+      ),
+      el("span", { class: "soft count", text: t("who.events", { n: user.events }) }),
+    ),
   );
 }
 
 /** The dialog in which one of all users is searched. */
 export function pick(chosen) {
-  const input = el("input", { type: "search", class: "field", id: "user-search", placeholder: t("who.pick.search"), "aria-label": t("who.pick.search"), autocomplete: "off" });
+  const input = el("input", {
+    type: "search",
+    class: "field",
+    id: "user-search",
+    placeholder: t("who.pick.search"),
+    "aria-label": t("who.pick.search"),
+    autocomplete: "off",
+  });
   const list = el("ul", { class: "people long" });
   const note = el("p", { class: "soft", role: "status" });
-  const { dialog } = open({ heading: t("who.pick.heading"), kind: "box picker", content: [input, list, note] });
+  const { dialog } = open({
+    heading: t("who.pick.heading"),
+    kind: "box picker",
+    content: [input, list, note],
+  });
   const taken = (who) => {
     dialog.close();
     chosen(who);
@@ -114,9 +178,19 @@ export function pick(chosen) {
     newest?.abort();
     newest = new AbortController();
     try {
-      const { users } = await api.users({ limit: MOST, q: input.value.trim() }, { signal: newest.signal });
+      const { users } = await api.users(
+        { limit: MOST, q: input.value.trim() },
+        { signal: newest.signal },
+      );
       list.replaceChildren(...users.map((user) => entry(user, taken)));
-      note.textContent = users.length === MOST ? t("who.pick.more") : users.length ? "" : input.value ? t("who.pick.none", { query: input.value }) : t("who.pick.nobody");
+      note.textContent =
+        users.length === MOST
+          ? t("who.pick.more")
+          : users.length
+            ? ""
+            : input.value
+              ? t("who.pick.none", { query: input.value })
+              : t("who.pick.nobody");
     } catch (error) {
       complain(error);
     }
@@ -131,9 +205,16 @@ export function bar(who, { edit, switched, history }) {
   const user = who.kind === "user";
   const name = user ? t("who.user", { id: who.user_id }) : t("who.you");
   const words = el("p", { class: user ? "soft" : "soft said", text: who.profile });
-  const button = (symbol, key, click, id) => el("button", { type: "button", class: "button", id, on: { click } }, icon(symbol), t(key));
+  const button = (symbol, key, click, id) =>
+    el("button", { type: "button", class: "button", id, on: { click } }, icon(symbol), t(key));
   byId("who-sign").replaceChildren(person(who.user_id));
   byId("who-name").textContent = name;
   byId("who-words").replaceChildren(...(who.profile ? [words] : []));
-  byId("who-actions").replaceChildren(...[!user && button("pen", "who.edit", edit, "who-edit"), button("people", "who.switch", switched, "who-switch"), button("history", "who.history", history, "who-history")].filter(Boolean));
+  byId("who-actions").replaceChildren(
+    ...[
+      !user && button("pen", "who.edit", edit, "who-edit"),
+      button("people", "who.switch", switched, "who-switch"),
+      button("history", "who.history", history, "who-history"),
+    ].filter(Boolean),
+  );
 }
