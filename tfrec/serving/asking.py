@@ -196,7 +196,7 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
 
 
 def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
-    """float64 (n,), seconds since items were put; 0 where our clock is behind, infinite for the bundle's."""
+    """float64 (n,), seconds since items were put, at least 0; infinite for the bundle's."""
     if not chain.created:
         return np.full(len(rows), np.inf)
     now = time.time()
