@@ -95,7 +95,7 @@ def write(
       recommender: Of a run: its engine is TensorFlow's.
       text: Name of the pretrained text model, whose licence comes along.
       folder: A new folder.
-      int8: Whether the text encoder's weights, the vectors and the linear model are int8; else
+      int8: Whether the weights of text encoder and ranker, vectors and linear model are int8; else
         float32.
       saved_models: Whether SavedModels for TensorFlow Serving are part of it.
 
@@ -135,6 +135,7 @@ def write(
         "items": recommender.catalog.num_items,
         "users": len(recommender.users),
         "text_int8": int8,
+        "rank_int8": int8,
         "arrays_int8": int8,
     }
 
@@ -181,7 +182,7 @@ def _write_models(
     blobs = {
         "query": litert.query_model(engine.two_tower),
         "candidate": litert.candidate_model(engine.two_tower, recommender.text.shape[1], features),
-        "rank": litert.rank_model(engine.ranker) if engine.ranker is not None else None,
+        "rank": litert.rank_model(engine.ranker, int8) if engine.ranker is not None else None,
     }
     if recommender.text.shape[1]:
         read = [text for text in recommender.catalog.texts if text]
