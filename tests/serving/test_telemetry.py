@@ -266,3 +266,15 @@ class TestStages:
 
     def test_that_were_not_told_of_have_no_total(self):
         assert Stages().seconds(1e9) == {}
+
+
+@pytest.mark.slow
+def test_a_server_logs_each_request_in_a_line_of_json(own_server):
+    sent = {"x-request-id": "find-me"}
+    httpx.post(f"{own_server.url}/v1/recommend", json={"user_id": "u1"}, headers=sent)
+    own_server.stop()
+    (line,) = [line for line in own_server.log.read_text().splitlines() if "find-me" in line]
+    told = json.loads(line)
+    assert (told["route"], told["status"]) == ("/v1/recommend", 200)
+    assert told["model_version"]
+    assert told["user"] != "u1"

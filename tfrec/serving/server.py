@@ -88,7 +88,7 @@ def serve(bundle: Path, settings: ServeConfig) -> int:
     lines = logs.start()
     signal.signal(signal.SIGTERM, _end)
     try:
-        with _listening(settings) as listener, running(bundle, settings) as app:
+        with _listening(settings) as listener, running(bundle, settings, lines) as app:
             address = _address(listener)
             server = uvicorn.Server(_uvicorn(app, settings))
             _drained_by(signal.SIGTERM, server)
@@ -121,12 +121,13 @@ def _drained_by(number: signal.Signals, server: uvicorn.Server) -> None:
 
 
 @contextlib.contextmanager
-def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
+def running(bundle: Path, settings: ServeConfig, lines: logs.Lines | None = None) -> Iterator[Any]:
     """The guarded application of a bundle, from start to end.
 
     Args:
       bundle: The folder.
       settings: Of the server.
+      lines: Where a line on each request goes; None: nowhere.
 
     Yields:
       An ASGI application that is ready to answer.
@@ -147,7 +148,7 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
         exposures = _exposures(place, settings)
         if exposures is not None:
             stack.callback(exposures.close)
-        telemetry = _telemetry(service, exposures, _salt(state, settings), tracer)
+        telemetry = _telemetry(service, exposures, _salt(state, settings), tracer, lines)
         app = create_app(service, settings, telemetry, exposures)
         guarded = Guard(
             app,
@@ -170,15 +171,24 @@ def _engine(settings: ServeConfig, version: Bundle, own: ModelsEngine) -> Models
 
 
 def _telemetry(
-    service: Service, exposures: ExposureLog | None, salt: bytes, tracer: Any
+    service: Service,
+    exposures: ExposureLog | None,
+    salt: bytes,
+    tracer: Any,
+    lines: logs.Lines | None,
 ) -> Telemetry:
     chain = service.versions.of("").chain
-    telemetry = Telemetry(Served(chain.popularity), salt, tracer)
+    telemetry = Telemetry(Served(chain.popularity), salt, tracer, lines)
     telemetry.served.resized(len(chain.index.ids))
     telemetry.versions(dict(service.versions.shares))
     telemetry.gauge("tfrec_waiting", "Requests that wait for the models", lambda: service.waiting)
     if service.settings.engine != LITERT:
         _add_engines(telemetry, service)
+    about = "Connections ended for what came, or did not come, on them"
+    telemetry.counter("tfrec_connections_refused", about, lambda: Connection.refused)
+    if lines is not None:
+        about = "Lines of the log for which there was no room"
+        telemetry.counter("tfrec_log_lines_dropped", about, lambda: lines.dropped)
     if exposures is not None:
         about = "Rows of the log of what was shown that were lost"
         telemetry.counter("tfrec_exposures_dropped", about, lambda: exposures.dropped)
