@@ -14,6 +14,7 @@ a module that ``plugins`` there names::
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -194,13 +195,12 @@ class Seen:
         """See :class:`Filter`."""
         if request.include_seen:
             return history.item[:0]
-        again = {met.item_id for met in request.history if not isinstance(met, str) and met.again}
-        if not again:
-            return history.item
         met = chain.met(request)
+        if not any(event.again for event in met):
+            return history.item
         known = history.item[: len(history.item) - len(met)]
-        kept = {event.item_id for event in met} - again
-        return np.concatenate([known, chain.catalog.rows(kept)])
+        counts = [event.item_id for event in met if not event.again]
+        return np.concatenate([known, chain.catalog.rows(counts)])
 
 
 @FILTERS.register("hidden")
@@ -312,25 +312,32 @@ class Caps:
 
     def order(self, slate: Slate, settings: Settings) -> Slate:
         """See :class:`Reranker`."""
-        for column, most in settings.caps.items():
-            counts: dict[str, int] = {}
-            first, late = [], []
-            for place, values in enumerate(slate.values(column)):
-                if any(counts.get(value, 0) >= most for value in values):
-                    late.append(place)
-                    continue
-                first.append(place)
-                for value in values:
-                    counts[value] = counts.get(value, 0) + 1
-            slate = slate.take(first + late, "caps")
-        return slate
+        if not settings.caps:
+            return slate
+        columns = [(slate.values(column), most) for column, most in settings.caps.items()]
+        counts: list[Counter[str]] = [Counter() for _ in columns]
+        first: list[int] = []
+        late: list[int] = []
+        for place in range(len(slate)):
+            values = [set(column[place]) for column, _ in columns]
+            full = any(
+                counted[value] >= most
+                for own, counted, (_, most) in zip(values, counts, columns, strict=True)
+                for value in own
+            )
+            (late if full else first).append(place)
+            if not full:
+                for own, counted in zip(values, counts, strict=True):
+                    counted.update(own)
+        return slate.take(first + late, "caps")
 
 
 @RERANKERS.register("exploration")
 class Exploration:
     """Gives a share of the places to any of those that follow, drawn evenly, and says how likely.
 
-    Place by place: with probability 1 - e the next in order, with e one of all that are left.
+    Place by place: with probability 1 - e the next in order, with e one of all that are left. What
+    only made way for it counts as not moved.
     """
 
     def order(self, slate: Slate, settings: Settings) -> Slate:
@@ -339,15 +346,19 @@ class Exploration:
         if not share:
             return slate
         left, chosen, chances = list(range(len(slate))), [], []
+        moved = list(slate.moved)
         for _ in range(min(slate.places, len(slate))):
             drawn = slate.random.random() < share
             at = int(slate.random.integers(len(left))) if drawn else 0
             chances.append(share / len(left) + (1 - share) * (at == 0))
+            if at:
+                moved[left[at]] = "exploration"
             chosen.append(left.pop(at))
-        shown = slate.take(chosen + left, "exploration")
+        order = chosen + left
+        shown = slate.take(order, "exploration")
         propensity = shown.propensity.copy()
         propensity[: len(chances)] *= np.array(chances, np.float32)
-        return replace(shown, propensity=propensity)
+        return replace(shown, propensity=propensity, moved=tuple(moved[place] for place in order))
 
 
 def _first(chosen: Sequence[int], n: int) -> NDArray[np.int64]:
@@ -365,8 +376,8 @@ def check(settings: Settings, attributes: Mapping[str, object]) -> None:
     for module in settings.plugins:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"steps.plugins names '{module}', which fails: {error}") from None
+        except Exception as error:
+            raise ConfigError(f"steps.plugins names '{module}', which fails: {error}") from error
     for registry, names in (
         (SOURCES, settings.sources),
         (FILTERS, settings.filters),

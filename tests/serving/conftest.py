@@ -46,8 +46,8 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + STARTS_WITHIN
         while time.monotonic() < deadline:
-            line = self.log.read_text().partition("\n")[0]
-            if line.startswith("serving "):
+            lines = self.log.read_text().splitlines()
+            for line in [line for line in lines if line.startswith("serving ")]:
                 self.port = int(line.split("://")[1].split("/")[0].rpartition(":")[2])
                 if self._ready():
                     return

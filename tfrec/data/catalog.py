@@ -188,7 +188,8 @@ class Catalog(Table):
           InputError: items have no such attribute.
         """
         facet = self._facet(column)
-        return sorted(facet, key=lambda value: (-len(facet[value]), value))
+        there = [value for value, rows in facet.items() if len(rows)]
+        return sorted(there, key=lambda value: (-len(facet[value]), value))
 
     def cells(self, row: int) -> dict[str, list[str]]:
         """Attribute -> values of an item; attributes without one are left out."""

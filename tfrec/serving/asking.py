@@ -179,11 +179,10 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
     def values(column: str) -> list[list[str]]:
         return [chain.catalog.cells(row).get(column, []) for row in rows]
 
-    vectors = unit(chain.vectors[best.rows]) if diversity else np.zeros((n, 0), np.float32)
     return Slate(
         rows=best.rows,
         scores=best.scores,
-        vectors=vectors,
+        vectors=unit(chain.vectors[best.rows]),
         values=values,
         age=_ages(chain, rows),
         places=k,
