@@ -90,6 +90,14 @@ def test_a_file_is_closed_after_so_many_seconds(tmp_path):
     assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
+def test_many_lists_make_one_file_in_their_order(log):
+    for number in range(499):
+        log.record(shown(request_id=str(number)))
+    log.close()
+    assert len(list(log.folder.glob("*.parquet"))) == 1
+    assert [row["request_id"] for row in rows_of(log.folder)[::2]] == [str(n) for n in range(499)]
+
+
 def test_nothing_shown_makes_no_file(log):
     log.flush()
     log.close()

@@ -28,8 +28,9 @@ Model = Callable[[Mapping[str, NDArray[Any]]], Floats]
 
 _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
-_QUERIES = 256
-_CELLS = 1 << 20  # numbers that the ranker is given of a batch's candidates at a time
+_QUERIES = 8
+_CELLS = 1 << 14  # numbers of candidates' vectors that the ranker is given at a time
+"""A batch is cut so small that what its layers give each other stays in the processor's cache."""
 
 
 class LiteRTModel:
@@ -256,6 +257,7 @@ class LiteRTEngine(ModelsEngine):
       history: Places of a row that the query tower reads.
       tasks: What the ranker predicts, in its order; empty: there is none.
       threads: See :class:`LiteRTModel`.
+      small: The same for the towers and the ranker.
 
     Raises:
       ArtifactError: a model is missing or damaged.
@@ -268,12 +270,13 @@ class LiteRTEngine(ModelsEngine):
         history: int,
         tasks: Sequence[str] = (),
         threads: int = 0,
+        small: int = 0,
     ) -> None:
         source = Path(folder)
 
         def model(name: str) -> LiteRTModel | None:
             path = source / f"{name}.tflite"
-            return LiteRTModel(path, threads) if path.is_file() else None
+            return LiteRTModel(path, small) if path.is_file() else None
 
         query, candidate, rank = model("query"), model("candidate"), model("rank")
         if query is None:
@@ -284,12 +287,13 @@ class LiteRTEngine(ModelsEngine):
         super().__init__(Models(query, candidate, rank, text), history, tasks)
 
 
-def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
+def recommender_of(bundle: Bundle, threads: int = 0, small: int = 0) -> Recommender:
     """The recommender of a bundle, by LiteRT.
 
     Args:
       bundle: As :meth:`tfrec.bundle.Bundle.load` gives it.
       threads: See :class:`LiteRTModel`.
+      small: See :class:`LiteRTEngine`.
 
     Raises:
       ArtifactError: a file is missing or is not what it should be.
@@ -298,7 +302,7 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
     folder, told = bundle.folder, bundle.content
     dataset = Dataset.read(folder / "catalog")
     policy = Policy.parse(told["policy"])
-    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads)
+    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads, small)
     arrays = folder / "arrays"
     vectors, text, profile, popularity = (
         load_rows(arrays / f"{name}.npy") for name in ("vectors", "text", "profile", "popularity")

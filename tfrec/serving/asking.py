@@ -28,6 +28,7 @@ _BECAUSE = 2  # shelves about an item that was liked
 _FAMILIAR = 20
 _TASTE = 0.1
 _TITLE = 0.3
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +108,25 @@ def request_of(ask: Ask, chain: Recommender, steps: StepsConfig) -> Request:
 
 
 def _met(event: Event, chain: Recommender, steps: StepsConfig) -> Met:
-    rating = event.value if event.event == "rating" else None
-    if event.event == "like" and chain.coding.rating_max > chain.coding.rating_min:
-        rating = chain.coding.rating_max
+    rating = _rating(event.event, event.value if event.event == "rating" else None, chain)
     again = bool(steps.seen) and event.event not in steps.seen
     return Met(event.item_id, event.event, rating, int(event.timestamp), again)
 
 
 def _past(told: Past, chain: Recommender) -> Met:
     when = None if told.timestamp is None else int(told.timestamp)
-    rating = told.value if told.event in ("rating", "") else None
-    if told.event == "like" and chain.coding.rating_max > chain.coding.rating_min:
-        rating = chain.coding.rating_max
+    rating = _rating(told.event, told.value if told.event in ("rating", "") else None, chain)
     return Met(told.item_id, told.event, rating, when)
+
+
+def _rating(event: str, value: float | None, chain: Recommender) -> float | None:
+    """A rating on the scale that the models know, which a like has the top of."""
+    low, high = chain.coding.rating_min, chain.coding.rating_max
+    if high <= low:
+        return value if value is None else float(np.clip(value, -_LARGEST, _LARGEST))
+    if event == "like":
+        return high
+    return value if value is None else min(max(value, low), high)
 
 
 def answers(
@@ -166,8 +173,7 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
 
 
 def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: float) -> Slate:
-    n = max(len(best.rows), 0)
-    now = time.time()
+    n = len(best.rows)
     rows = best.rows.tolist()
 
     def values(column: str) -> list[list[str]]:
@@ -179,7 +185,7 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
         scores=best.scores,
         vectors=vectors,
         values=values,
-        age=np.array([now - chain.created.get(row, -np.inf) for row in rows], np.float64),
+        age=_ages(chain, rows),
         places=k,
         diversity=diversity,
         random=np.random.default_rng(zlib.crc32(ask.request_id.encode())),
@@ -187,6 +193,15 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
         moved=("",) * n,
         before=np.arange(n),
     )
+
+
+def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
+    """float64 (n,), seconds since items were put, at least 0; infinite for the bundle's."""
+    if not chain.created:
+        return np.full(len(rows), np.inf)
+    now = time.time()
+    age = np.array([now - chain.created.get(row, -np.inf) for row in rows], np.float64)
+    return np.maximum(age, 0)
 
 
 def _item(chain: LiveRecommender, best: Ranked, place: int, score: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tfrec.data.attributes import joined_texts
 from tfrec.data.catalog import Growing, LiveCatalog
+from tfrec.errors import InputError
 from tfrec.recommender import Recommender
 from tfrec.serving.state import Item
 
@@ -83,6 +84,8 @@ class LiveRecommender(Recommender):
         """
         if not items:
             return {}
+        if not all(item.item_id for item in items):
+            raise InputError("an item's id is empty; give it one")
         schema, n = self.catalog.schema, len(items)
         told = {c: [item.attributes.get(c, "") for item in items] for c in self.catalog.attributes}
         features = schema.encode(told, n)

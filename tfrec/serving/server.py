@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import operator
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tfrec.engines import LITERT, ModelsEngine, Status, engine_of
 from tfrec.errors import ConfigError, SetupError
 from tfrec.serving import logs, traces, versions
 from tfrec.serving.app import create_app
+from tfrec.serving.connections import Connection
 from tfrec.serving.exposures import ExposureLog
 from tfrec.serving.keys import Keys
 from tfrec.serving.security import Guard
@@ -84,10 +86,12 @@ def serve(bundle: Path, settings: ServeConfig) -> int:
       SetupError: the port is in use, or the state cannot be opened.
     """
     lines = logs.start()
+    signal.signal(signal.SIGTERM, _end)
     try:
         with _listening(settings) as listener, running(bundle, settings) as app:
             address = _address(listener)
             server = uvicorn.Server(_uvicorn(app, settings))
+            _drained_by(signal.SIGTERM, server)
             # After start-up nearly nothing becomes garbage that was there before.
             gc.collect()
             gc.freeze()
@@ -96,6 +100,24 @@ def serve(bundle: Path, settings: ServeConfig) -> int:
     finally:
         lines.close()
     return 0
+
+
+def _end(*_: object) -> None:
+    """While nothing is answered yet, there is nothing to wait for, but files to close."""
+    raise SystemExit(0)
+
+
+def _drained_by(number: signal.Signals, server: uvicorn.Server) -> None:
+    """The signal ends the server once it has answered, and what comes after it is done too.
+
+    When it has drained, uvicorn raises the signal again for the handler that was there before its
+    own. The default one would kill the process before the log of what was shown is written.
+    """
+
+    def told(*_: object) -> None:
+        server.should_exit = True
+
+    signal.signal(number, told)
 
 
 @contextlib.contextmanager
@@ -212,6 +234,8 @@ def _keys(place: Place, settings: ServeConfig, loopback: bool) -> Keys | None:
 def _uvicorn(app: Any, settings: ServeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -221,7 +245,6 @@ def _uvicorn(app: Any, settings: ServeConfig) -> uvicorn.Config:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_GRACE,
         backlog=2048,
-        h11_max_incomplete_event_size=1 << 16,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 import threading
 import time
 from collections import deque
@@ -13,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tfrec.bundle import versions as numbers
 from tfrec.config import ServeConfig
-from tfrec.errors import InputError, StateError, TfrecError
+from tfrec.errors import ArtifactError, InputError, StateError, TfrecError
 from tfrec.serving import asking, versions
 from tfrec.serving.asking import Ask, Listed
 from tfrec.serving.schemas import RecommendBody, Shelf
 from tfrec.serving.state import Event, Item, State
 from tfrec.serving.versions import MakeEngine, Version, Versions
+
+_log = logging.getLogger("tfrec.serving")
 
 T = TypeVar("T")
 Span = tuple[str, float, float]
@@ -121,13 +126,29 @@ class Service:
     # --- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Loads what was active last, else the newest, and begins to answer."""
+        """Loads what was active last, else the newest that is whole, and begins to answer."""
         shares = self.versions.wanted()
-        self.versions.use(shares, {name: self.versions.load(name) for name, _ in shares})
+        try:
+            ready = {name: self.versions.load(name) for name, _ in shares}
+        except ArtifactError as error:
+            shares, ready = self._whole(error)
+        self.versions.use(shares, ready)
         self._seen = self.versions.newest
         self._models.start()
         if self.settings.watch:
             self._watcher.start()
+
+    def _whole(self, error: ArtifactError) -> tuple[list[tuple[str, float]], dict[str, Version]]:
+        """The newest version that can be loaded, where what was wanted cannot."""
+        for number in reversed(numbers(self.versions.bundle)):
+            name = str(number)
+            if name in self.versions.failed:
+                continue
+            with contextlib.suppress(ArtifactError):
+                ready = {name: self.versions.load(name)}
+                _log.error("version %s is served, since: %s", name, error)
+                return [(name, 1.0)], ready
+        raise error
 
     def close(self) -> None:
         """Answers what waits, then stops."""
@@ -353,8 +374,12 @@ class Service:
         while not self._stop.wait(self.settings.watch):
             try:
                 self.look_around()
-            except (TfrecError, BusyError, ClosingError, OSError):
+            except (BusyError, ClosingError):
                 continue
+            except TfrecError as error:
+                _log.error("%s", error)
+            except Exception:  # noqa: BLE001 - who watches must not end
+                _log.exception("looking for a new version failed")
 
     def look_around(self) -> None:
         """Takes in a version that is newer than all that were there, and what others changed."""
@@ -363,10 +388,11 @@ class Service:
             self._tried.add(newest)
             self.activate(str(newest))
             self._seen = newest
-        told = [(str(name), float(share)) for name, share in self.versions.wanted()]
-        if self.state.get("active") and tuple(told) != self.versions.shares:
-            ready = {name: self.versions.load(name) for name, _ in told}
-            self.call(lambda: self.versions.use(told, ready)).result()
+        with self._activating:  # else what is being activated here looks like another's change
+            told = [(str(name), float(share)) for name, share in self.versions.wanted()]
+            if self.state.get("active") and tuple(told) != self.versions.shares:
+                ready = {name: self.versions.load(name) for name, _ in told}
+                self.call(lambda: self.versions.use(told, ready)).result()
         self.call(self._catch_up).result()
 
 

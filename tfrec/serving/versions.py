@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ POLICY = "policy.toml"
 """In a bundle, beside its versions: the steps of serving, where they are not the defaults."""
 
 MakeEngine = Callable[[Bundle, Any], Any]
+_log = logging.getLogger("tfrec.serving")
 
 _NOT_SERVED = ("tf-serving/", "golden/", "examples/")
 _BULK = 64  # items that are encoded together
@@ -53,30 +55,49 @@ class Version:
     def catch_up(self, state: State) -> int:
         """Takes in the items that were put or deleted since; how many."""
         pending: list[Item] = []
-        count = 0
+        count, last = 0, self.changes
         for number, item in state.items(self.changes):
             count += 1
-            if item.deleted:
-                self._put(pending, state)
+            if item.deleted or len(pending) == _BULK:
+                self._put(pending, state, last)
                 pending = []
+            if item.deleted:
                 self.chain.remove(item.item_id)
+                self.changes = number
             else:
                 pending.append(item)
-            if len(pending) == _BULK:
-                self._put(pending, state)
-                pending = []
-            self.changes = number
-        self._put(pending, state)
+            last = number
+        self._put(pending, state, last)
         return count
 
-    def _put(self, items: list[Item], state: State) -> None:
+    def _put(self, items: list[Item], state: State, last: int) -> None:
+        """Takes in items; only then the last change is known, so that no failure loses them."""
         if not items:
             return
         key = f"text:{self.policy_of_texts}"
         kept = state.vectors(key, [item.item_id for item in items])
-        made = self.chain.put(items, kept)
+        made = self._put_or_without(items, kept)
         if made:
             state.put_vectors(key, made)
+        self.changes = last
+
+    def _put_or_without(self, items: Sequence[Item], kept: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Puts items, each without the attributes if this version cannot read them.
+
+        They were right for the version that took them; another may read a column as numbers.
+        """
+        try:
+            return self.chain.put(items, kept)
+        except InputError as error:
+            if len(items) > 1:
+                made: dict[str, bytes] = {}
+                for item in items:
+                    made |= self._put_or_without([item], kept)
+                return made
+            if not items[0].attributes:
+                raise
+            _log.warning("version %s reads an item without its attributes: %s", self.name, error)
+            return self.chain.put([replace(items[0], attributes={})], kept)
 
     policy_of_texts: str = ""
 
@@ -127,7 +148,7 @@ def load(bundle: Path, number: int, threads: int, engine: MakeEngine) -> Version
     """
     found = Bundle.load(bundle, number, check=False)
     found.artifact.check(without=_NOT_SERVED)
-    chain = LiveRecommender.of(recommender_of(found, threads))
+    chain = LiveRecommender.of(recommender_of(found, threads, small=1))
     chain.engine = engine(found, chain.engine)
     steps = read_steps(bundle, chain.catalog.attributes)
     learned = chain.policy
@@ -155,7 +176,7 @@ def _digest_of_texts(bundle: Bundle) -> str:
 class Versions:
     """The versions of a bundle that are loaded, and the share of users that each gets.
 
-    What is read (:meth:`of`) needs no lock: shares and versions are replaced in one step.
+    What is read needs no lock: shares and versions are replaced in one step.
 
     Args:
       bundle: The folder.
@@ -165,14 +186,23 @@ class Versions:
 
     def __init__(self, bundle: Path, state: State, make: Callable[[int], Version]) -> None:
         self.bundle, self.state, self._make = bundle, state, make
-        self.loaded: dict[str, Version] = {}
-        self.shares: tuple[tuple[str, float], ...] = ()
+        self._served: tuple[tuple[tuple[str, float], ...], dict[str, Version]] = ((), {})
         self.failed: dict[str, str] = {}
         self.loading: set[str] = set()
 
+    @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """Versions that answer, each with its share of users."""
+        return self._served[0]
+
+    @property
+    def loaded(self) -> dict[str, Version]:
+        """These versions by name."""
+        return self._served[1]
+
     def of(self, key: str) -> Version:
         """The version of a user: always the same one for the same key, as long as shares stay."""
-        shares, loaded = self.shares, self.loaded
+        shares, loaded = self._served
         drawn = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest()) / 2**48
         for name, share in shares:
             drawn -= share
@@ -221,6 +251,9 @@ class Versions:
         except TfrecError as error:
             self.failed[name] = str(error)
             raise
+        except Exception as error:
+            self.failed[name] = f"version {name} cannot be used: {type(error).__name__}: {error}"
+            raise ArtifactError(self.failed[name]) from error
         finally:
             self.loading.discard(name)
         self.failed.pop(name, None)
@@ -236,9 +269,7 @@ class Versions:
     def use(self, shares: list[tuple[str, float]], ready: Mapping[str, Version]) -> None:
         """Serves these shares from now on; versions that have none are let go."""
         known = {**self.loaded, **ready}
-        self.loaded = {**known}
-        self.shares = tuple(shares)
-        self.loaded = {name: known[name] for name, _ in shares}
+        self._served = (tuple(shares), {name: known[name] for name, _ in shares})
 
     def told(self) -> list[dict[str, Any]]:
         """What there is, newest first, as the answer of ``/v1/models`` has it."""
@@ -278,7 +309,17 @@ def check(bundle: Path) -> None:
     Raises:
       ArtifactError: there is none.
     """
-    Bundle.load(bundle, check=False)
+    wrong: ArtifactError | None = None
+    for number in reversed(versions(bundle)):
+        try:
+            Bundle.load(bundle, number, check=False)
+        except ArtifactError as error:
+            wrong = wrong or error
+        else:
+            return
+    if wrong is not None:
+        raise wrong
+    Bundle.load(bundle, check=False)  # says what is missing
 
 
 def state_folder(bundle: str | os.PathLike[str]) -> Path:
