@@ -403,7 +403,7 @@ def test_a_server_of_tfrec_asks_it_and_goes_on_without_it(bundle, service, tmp_p
     def recommend(app):
         async def ask():
             way = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=way, base_url="http://x") as to:
+            async with httpx.AsyncClient(transport=way, base_url="http://127.0.0.1") as to:
                 answer = await to.post("/v1/recommend", json={"history": ["i2", "i4"], "k": 5})
                 return answer, (await to.get("/metrics")).text
 
