@@ -74,7 +74,7 @@ function part(key, events) {
   return el(
     "section",
     { class: "panel-part" },
-    el("h3", {}, t(key), el("span", { class: "soft", text: ` ${number(events.length)}` })),
+    el("h3", {}, t(key), el("span", { class: "soft", text: ` · ${number(events.length)}` })),
     list,
     more,
   );

@@ -15,6 +15,7 @@ import { Shelf, keyOf, skeleton } from "./shelves.js";
 import { drawnId, keep, kept } from "./store.js";
 import { Taste } from "./taste.js";
 import { loadTexts, number, t } from "./texts.js";
+import { titled } from "./titles.js";
 import { asking, bar, become, pick, visitor } from "./who.js";
 import { open } from "./dialogs.js";
 
@@ -76,7 +77,7 @@ async function load(cause = null) {
     const answer = await fetched();
     if (mine !== page.asked) return;
     const shelves = answer.shelves
-      .map((shelf) => ({ ...shelf, items: page.taste.shown(shelf.items) }))
+      .map((shelf) => ({ ...shelf, items: page.taste.shown(titled(shelf.items)) }))
       .filter((shelf) => shelf.items.length);
     page.answer = answer;
     await show(shelves, cause);

@@ -8,7 +8,7 @@ import { open } from "./dialogs.js";
 import { el } from "./dom.js";
 import { complain } from "./notices.js";
 import { has, number, percent, t } from "./texts.js";
-import { meta, named } from "./titles.js";
+import { meta, named, titled } from "./titles.js";
 
 /**
  * Opens the panel of a card.
@@ -227,7 +227,7 @@ async function alike(item, list, page, dialog) {
         ),
       );
     };
-    const items = page.taste.shown(answer.items);
+    const items = page.taste.shown(titled(answer.items));
     list.replaceChildren(...items.map(other));
     if (!items.length) list.replaceWith(el("p", { class: "soft", text: t("why.similar.none") }));
   } catch (error) {

@@ -87,6 +87,7 @@ export class Shelf {
   /** Shows these items in this order; cards that stay are the same elements. */
   show(items) {
     const cards = new Map();
+    const left = this.list.scrollLeft;
     for (const item of items) {
       const card = this.cards.get(item.item_id) ?? new Card(item, this.taste, this.on(this));
       card.taste = this.taste;
@@ -101,6 +102,8 @@ export class Shelf {
         this.list.insertBefore(card.root, this.list.children[i] ?? null),
     );
     this.cards = cards;
+    // A browser follows the card that was in front to wherever it went; a reader did not ask for it.
+    this.list.scrollLeft = left;
     requestAnimationFrame(() => this.reach());
   }
 

@@ -21,3 +21,7 @@ export function meta({ title, attributes }, most = 3) {
   );
   return [...new Set([named(title).year, ...values].filter(Boolean))].slice(0, most);
 }
+
+/** Items as they are shown: one without a title is called by its id. */
+export const titled = (items) =>
+  items.map((item) => ({ ...item, title: item.title || item.item_id }));

@@ -73,7 +73,8 @@ function inWords(catalog, said, chosen) {
     placeholder: t("who.words.hint"),
   });
   const bad = el("p", { class: "bad", id: "words-bad", role: "alert" });
-  input.value = said;
+  // What was typed already stays when the language changes.
+  input.value = byId("words")?.value ?? said;
   const add = (word) => () => {
     const before = input.value.trimEnd();
     input.value = before ? `${before}${/[,.;:!?，。]$/.test(before) ? "" : ","} ${word}` : word;
