@@ -93,7 +93,8 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             data = None if body is None else json.dumps(body)
-            connection.request("GET" if data is None else "POST", path, data)
+            method = "GET" if data is None else "POST"
+            connection.request(method, path, data, {"content-type": "application/json"})
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
 
