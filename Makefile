@@ -17,7 +17,8 @@ DEV := .venv/.installed-dev
 SERVE := .venv/.installed-serve
 BUNDLE := saved_models/movielens-100k/bundle
 
-.PHONY: help setup setup-train demo serve test check docs bench bench-train bench-pretrain bench-index bench-text clean
+.PHONY: help setup setup-train demo serve test check docs bench bench-train bench-pretrain bench-index bench-text \
+	bench-serve clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -57,6 +58,9 @@ bench-index: $(TRAIN) ## the vector index beside hnswlib and faiss: make bench-i
 
 bench-text: $(TRAIN) ## the int8 text encoder beside TensorFlow and onnxruntime (installs the latter apart)
 	$(BIN)/python benchmarks/text_int8.py $(BENCH)
+
+bench-serve: $(DEV) ## the server beside TensorFlow in FastAPI: make bench-serve BENCH="--bundle DIR"
+	$(BIN)/python benchmarks/serving.py $(BENCH)
 
 setup: $(DEV) ## .venv with everything
 
