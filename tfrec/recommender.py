@@ -692,6 +692,11 @@ class Recommender:
         return top_k(np.tile(self.popular(best), (users, 1)), best, k, exclude)
 
     @functools.cached_property
+    def _most_met(self) -> float:
+        """Events of the item with the most; at least 1."""
+        return max(float(self.popularity.max()), 1.0)
+
+    @functools.cached_property
     def _by_popularity(self) -> Rows:
         """int32 (n,), what may come, the items with the most events first."""
         ids = self.index.ids
@@ -998,8 +1003,8 @@ class Recommender:
           exclude: Rows that must not come.
           index: Its ids are what may come.
         """
-        rows = index.ids
-        share = self.popularity[rows] / max(float(self.popularity.max()), 1.0)
+        rows, most = index.ids, self._most_met
+        share = self.popularity[rows] / most
         scores = np.tile(share.astype(np.float32), (len(profile), 1))
         spoken = np.asarray(profile.any(axis=1))
         if spoken.any():
@@ -1008,7 +1013,7 @@ class Recommender:
             scores[spoken] = profile[spoken] @ texts.T + popular[spoken, None] * share
         best = top_k(scores, rows, k, exclude)
         told = np.where(best.ids > 0, best.scores, 0)
-        common = self.popularity[best.ids] / max(float(self.popularity.max()), 1.0)
+        common = self.popularity[best.ids] / most
         weight = np.where(spoken, popular, 1)[:, None].astype(np.float32)
         parts = {"popularity": common * weight, "text": told - common * weight}
         said = np.where(spoken[:, None], best.ids, 0)

@@ -346,5 +346,5 @@ def _index(folder: Path, vectors: Floats) -> Index:
     """The index that was tuned for the vectors, or an exact one."""
     with contextlib.suppress(SetupError):  # there is no ScaNN for this machine
         if folder.is_dir():
-            return load_index(folder)
+            return load_index(folder, mapped=True)
     return make_index(vectors[1:], np.arange(1, len(vectors), dtype=np.int32), "exact")

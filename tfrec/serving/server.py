@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import ipaddress
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import uvicorn
 
 from tfrec.bundle import Bundle
@@ -93,8 +95,7 @@ def serve(bundle: Path, settings: ServeConfig) -> int:
             server = uvicorn.Server(_uvicorn(app, settings))
             _drained_by(signal.SIGTERM, server)
             # After start-up nearly nothing becomes garbage that was there before.
-            gc.collect()
-            gc.freeze()
+            _settle()
             print(f"serving {bundle} at {address}  (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listener])
     finally:
@@ -239,6 +240,15 @@ def _keys(place: Place, settings: ServeConfig, loopback: bool) -> Keys | None:
             f"with: tfrec keys create --role admin --file {path}"
         )
     return keys
+
+
+def _settle() -> None:
+    """Gives back what reading the bundle took, and leaves out of collections what stays."""
+    gc.collect()
+    gc.freeze()
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _uvicorn(app: Any, settings: ServeConfig) -> uvicorn.Config:
