@@ -700,6 +700,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     # NumPy's products here are small: threads for them cost more than they save, and take the
     # cores from the models. It reads this when it is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Arrow's own pool keeps what reading a bundle took; the system's gives it back.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         from tfrec.serving.server import serve
     except ModuleNotFoundError as error:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import uvicorn
 
 from tfrec.bundle import Bundle
@@ -246,7 +245,6 @@ def _settle() -> None:
     """Gives back what reading the bundle took, and leaves out of collections what stays."""
     gc.collect()
     gc.freeze()
-    pa.default_memory_pool().release_unused()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
