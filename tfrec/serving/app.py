@@ -77,7 +77,7 @@ class App:
     ) -> None:
         self.service, self.settings = service, settings
         self.telemetry, self.exposures = telemetry, exposures
-        self.started = time.time()
+        self.started = time.monotonic()
 
     # --- recommendations -------------------------------------------------------------------------
 
@@ -204,12 +204,15 @@ class App:
             raise RefusedError("unprocessable", f"{name} is {value}{of}; at most {most}{of}", name)
 
     def _k(self, request: Request) -> int:
-        told = request.query_params.get("k", "10")
+        k = self._number(request, "k", "10")
+        self._within("k", k, self.settings.max_k)
+        return k
+
+    def _number(self, request: Request, name: str, default: str) -> int:
+        told = request.query_params.get(name, default)
         if not told.isascii() or not told.isdigit() or len(told) > 9 or not int(told):
-            raise RefusedError(
-                "unprocessable", f"k is a whole number from 1, not '{told[:40]}'", "k"
-            )
-        self._within("k", int(told), self.settings.max_k)
+            message = f"{name} is a whole number from 1, not '{told[:40]}'"
+            raise RefusedError("unprocessable", message, name)
         return int(told)
 
     # --- events and users ------------------------------------------------------------------------
@@ -218,6 +221,8 @@ class App:
         """Takes in what people did."""
         raw = await request.body()
         text = raw.lstrip()
+        if not text:
+            raise RefusedError("bad_request", "the body is empty; send an event or a list of them")
         many = text[:1] == b"["
         try:
             found = _EVENTS.validate_json(text if many else b"[" + text + b"]")
@@ -265,8 +270,7 @@ class App:
 
     async def users(self, request: Request) -> Response:
         """Some of those who are known, for a page to pick from."""
-        told = request.query_params.get("limit", "50")
-        limit = min(int(told), 1000) if told.isascii() and told.isdigit() and len(told) < 9 else 50
+        limit = min(self._number(request, "limit", "50"), 1000)
         wanted = _text(request, "q", 512).casefold()
 
         def work() -> list[dict[str, Any]]:
@@ -284,7 +288,7 @@ class App:
 
     async def put_item(self, request: Request) -> Response:
         """Adds or changes an item, which can be recommended when the answer comes."""
-        item_id = _path_id(request, "item_id")
+        item_id = _changed_id(request)
         body = await self._body(request, schemas.ItemBody)
         item = self._item(item_id, body)
         new = not await self._model(lambda: self._there(item_id))
@@ -295,7 +299,7 @@ class App:
 
     async def delete_item(self, request: Request) -> Response:
         """Takes an item out."""
-        item_id = _path_id(request, "item_id")
+        item_id = _changed_id(request)
         if not await asyncio.wrap_future(self.service.delete_item(item_id)):
             raise RefusedError("not_found", f"there is no item '{item_id[:80]}'")
         self._resized()
@@ -423,7 +427,7 @@ class App:
         def work() -> dict[str, Any]:
             kind = "redis" if self.settings.state.startswith("redis") else "sqlite"
             return {
-                "uptime": time.time() - self.started,
+                "uptime": time.monotonic() - self.started,
                 "memory_mb": round(_memory() / 1e6, 1),
                 "versions": self.service.versions.told(),
                 "state": {**self.service.state.counts(), "kind": kind},
@@ -506,6 +510,12 @@ def _path_id(request: Request, name: str) -> str:
     if not found or len(found) > 512 or "\0" in found:
         raise RefusedError("unprocessable", f"{name} has 1 to 512 characters", name)
     return found
+
+
+def _changed_id(request: Request) -> str:
+    if request.path_params["item_id"].endswith("/similar"):  # which can be asked for alone
+        raise HTTPException(405)
+    return _path_id(request, "item_id")
 
 
 def _known_row(version: Version, item_id: str) -> int:
@@ -647,7 +657,9 @@ def create_app(
         ("GET", "/metrics", app.metrics, None, None),
     ]
     description = json.dumps(
-        openapi.document([(m, p, h.__doc__ or "", body, answer) for m, p, h, body, answer in paths])
+        openapi.document(
+            [(m, p, h.__doc__ or "", body, answer) for m, p, h, body, answer in paths], settings
+        )
     )
 
     async def described(request: Request) -> Response:
@@ -700,6 +712,8 @@ def _errors() -> dict[Any, Any]:
         found = answer(request, _NAMES.get(error.status_code, "bad_request"), str(error.detail))
         if error.headers:
             found.headers.update(error.headers)
+        if error.status_code == 405:
+            found.headers["allow"] = _allowed(request)
         return found
 
     return {
@@ -712,3 +726,14 @@ def _errors() -> dict[Any, Any]:
         ClosingError: closing,
         HTTPException: other,
     }
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path, which are on as many routes; the router tells of the first alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            if route.path.endswith("/similar"):
+                return "GET"
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Seconds = Annotated[float, Field(ge=0, lt=1e11, description="seconds since 1970")]
 Shelf = Literal["for_you", "because", "new_to_you", "popular"]
 MAX_INT = 1_000_000
+
+
+def _whole(told: Any) -> Any:
+    """10.0 as 10: JSON knows one kind of number."""
+    return int(told) if isinstance(told, float) and told.is_integer() else told
+
+
 SHELVES: tuple[Shelf, ...] = get_args(Shelf)
 
 
 class Body(BaseModel):
-    """A body of a request: unknown keys are refused, and so are numbers that are not finite."""
+    """A body of a request: unknown keys are refused, and so is ``"5"`` or true for a number."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Past(Body):
@@ -31,7 +38,7 @@ class Past(Body):
 class Context(Body):
     """Where and when somebody asks; what the models do not read is logged alone."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     time: Seconds | None = None
     device: str | None = Field(None, max_length=256)
@@ -45,7 +52,7 @@ class RecommendBody(Body):
     history: list[Id | Past] = Field(default_factory=list)
     profile: str | None = None
     context: Context | None = None
-    k: int = Field(10, ge=1, le=MAX_INT)
+    k: Annotated[int, BeforeValidator(_whole)] = Field(10, ge=1, le=MAX_INT)
     exclude: list[Id] = Field(default_factory=list)
     include: list[Id] = Field(default_factory=list)
     filters: dict[str, list[str]] = Field(default_factory=dict)
@@ -56,7 +63,7 @@ class RecommendBody(Body):
 class ShelvesBody(RecommendBody):
     """The same, for several lists at once."""
 
-    shelves: list[Shelf] = Field(default_factory=lambda: list(SHELVES))
+    shelves: list[Shelf] = Field(default_factory=lambda: list(SHELVES), min_length=1)
 
 
 class EventBody(Body):
