@@ -34,8 +34,8 @@ more than anything else.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
+import hashlib
 import http.client
 import json
 import multiprocessing
@@ -52,14 +52,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from served import sampling
+from served.asked import write_requests
+from served.table import report
 
 HERE = Path(__file__).parent / "served"
 ROWS = ("start", "memory", "one", "text", "user", "many", "plain", "growth", "events", "soak")
-CLIENTS, HISTORY, K = 16, 50, 10
+CLIENTS, K = 16, 10
 SMALL, LARGE = 4_000, 1_000_000
-PEER = "py-spy==0.4.2"
 STARTS_WITHIN = 120.0
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -180,49 +182,6 @@ class Bench:
     def warm(self, server: Server, kind: str, clients: int = 1) -> None:
         count = self.count(300, 100)
         self.load(server, kind, clients=clients, requests=count, skip=-count)
-
-
-# --- what is asked ---
-
-
-def write_requests(bundle: Path, folder: Path, kinds: Sequence[str]) -> None:
-    """A file of requests of each kind, out of what a bundle knows."""
-    from tfrec.bundle import Bundle
-    from tfrec.data.dataset import Dataset
-
-    dataset = Dataset.read(Bundle.load(bundle, check=False).folder / "catalog")
-    known, ids, titles = dataset.interactions, dataset.catalog.ids, dataset.catalog.titles
-    rng = np.random.default_rng(0)
-    counts = np.diff(known.offsets)
-    users = rng.permutation(np.flatnonzero(counts >= HISTORY))
-    genres = dataset.catalog.values("genres") if "genres" in dataset.catalog.attributes else ["any"]
-
-    def history(number: int) -> list[str]:
-        user = users[number % len(users)]
-        first = known.offsets[user] + rng.integers(counts[user] - HISTORY + 1)
-        return [ids[row] for row in known.item[first : first + HISTORY].tolist()]
-
-    def words() -> str:
-        one, other = (titles[row] for row in rng.integers(1, len(ids), 2).tolist())
-        kind = genres[int(rng.integers(len(genres)))]
-        return f"I like {kind.lower()} films such as {one}, and lately {other}"
-
-    def asked(kind: str, number: int) -> str:
-        user = dataset.users.ids[int(users[number % len(users)])]
-        if kind == "history" or (kind == "soak" and number % 10 < 5):
-            return json.dumps({"history": history(number), "k": K})
-        if kind == "text":
-            return json.dumps({"history": history(number), "profile": words(), "k": K})
-        if kind == "user" or number % 10 < 9:
-            return json.dumps({"user_id": user, "k": K})
-        item = ids[int(rng.integers(1, len(ids)))]
-        event = {"event_id": "soak-########", "user_id": user, "item_id": item, "event": "view"}
-        return f"/v1/events\t{json.dumps(event)}"
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind in kinds:
-        lines = [asked(kind, number) for number in range(4000)]
-        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 # --- the rows ---
@@ -408,48 +367,10 @@ def profile(bench: Bench) -> dict[str, Any]:
             seconds = bench.count(30, 8)
             raw = bench.out / f"profile-{name}.raw"
             running = bench.start_load(server, "history", clients=clients, seconds=seconds + 2)
-            command = [py_spy(), "record", "--pid", str(server.process.pid), "--rate", "200"]
-            command += ["--duration", str(seconds), "--format", "raw", "--output", str(raw)]
-            subprocess.run([*command, "--threads"], check=True, capture_output=True)
+            sampling.record(server.process.pid, seconds, raw)
             running.communicate()
-            found[name] = shares(raw)
+            found[name] = sampling.shares(raw)
     return found
-
-
-def py_spy() -> str:
-    from tfrec.data.sources import cache_folder
-
-    folder = cache_folder() / "peers-serving"
-    if not (folder / "bin" / "py-spy").is_file():
-        print(f"installing {PEER} into {folder}", file=sys.stderr)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--target", str(folder), PEER], check=True)
-    return str(folder / "bin" / "py-spy")
-
-
-_WAITS = ("wait (threading", "_worker (concurrent", "select (", "run (asyncio", "_run (tfrec")
-
-
-def shares(raw: Path, most: int = 25) -> dict[str, Any]:
-    """Thread and function -> share of the samples in which something was done, of itself and with
-    what it calls."""
-    own: collections.Counter[str] = collections.Counter()
-    whole: collections.Counter[str] = collections.Counter()
-    threads: collections.Counter[str] = collections.Counter()
-    for line in raw.read_text().splitlines():
-        stack, _, count = line.rpartition(" ")
-        frames = [frame.rpartition(":")[0] or frame for frame in stack.split(";")]
-        if any(wait in frames[-1] for wait in _WAITS):
-            continue
-        threads[frames[0].partition(": ")[2] or frames[0]] += int(count)
-        own[frames[-1]] += int(count)
-        for frame in set(frames[1:]):
-            whole[frame] += int(count)
-    total = max(sum(threads.values()), 1)
-    return {
-        name: {key: round(n / total, 4) for key, n in counted.most_common(most)}
-        for name, counted in (("threads", threads), ("own", own), ("whole", whole))
-    }
 
 
 MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -457,120 +378,6 @@ MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "user": one_client("user"), "many": many, "plain": plain, "growth": growth, "events": events,
     "soak": soak, "profile": profile,
 }  # fmt: skip
-
-
-# --- the table ---
-
-
-def judged(value: float, must: float, aim: float, more_is_better: bool = False) -> str:
-    sign = -1 if more_is_better else 1
-    return "aim" if sign * value <= sign * aim else "must" if sign * value <= sign * must else "no"
-
-
-def table(rows: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """What, must, aim, measured, reached; of the rows that there are."""
-    out: list[tuple[str, str, str, str, str]] = []
-    add = out.append
-    if r := rows.get("start"):
-        told = f"{r['median']:.2f} s (best {r['best']:.2f} s of {len(r['seconds'])})"
-        add(("start to ready", "2 s", "1 s", told, judged(r["median"], 2, 1)))
-    if r := rows.get("memory"):
-        for name, what, must, aim in (
-            ("own", "memory, MovieLens-1M with BERT", 300, 180),
-            ("large", "memory, 1 million items × 64", 1000, 600),
-        ):
-            told = f"RSS {r[name]['rss']:.0f} MB, PSS {r[name]['pss']:.0f} MB, " \
-                   f"{r[name]['anonymous']:.0f} MB of it not mapped from files"  # fmt: skip
-            add((what, f"{must} MB", f"{aim} MB", told, judged(r[name]["rss"], must, aim)))
-    if r := rows.get("one"):
-        told = f"{r['p50']:.1f} / {r['p99']:.1f} ms"
-        reached = worst(judged(r["p50"], 6, 2.5), judged(r["p99"], 15, 6))
-        add(("one client: p50 / p99", "6 / 15 ms", "2.5 / 6 ms", told, reached))
-    if r := rows.get("text"):
-        told = f"{r['p50']:.1f} ms (p99 {r['p99']:.1f})"
-        add(("one client, with profile text: p50", "12 ms", "5 ms", told, judged(r["p50"], 12, 5)))
-    if r := rows.get("user"):
-        told = f"{r['p50']:.1f} / {r['p99']:.1f} ms"
-        add(("one client, by a known user's id: p50 / p99", "", "", told, ""))
-    if r := rows.get("many"):
-        told = f"{r['rate']:.0f}/s, {r['p99']:.0f} ms, {r['errors']}"
-        reached = worst(
-            judged(r["rate"], 250, 800, True), judged(r["p99"], 120, 40), judged(r["errors"], 0, 0)
-        )
-        what = f"{CLIENTS} clients, {r['seconds']:.0f} s: requests/s, p99, errors"
-        add((what, "250, 120 ms, 0", "800, 40 ms, 0", told, reached))
-    if r := rows.get("plain"):
-        out += _against(r)
-    if r := rows.get("growth"):
-        told = f"{r['times']:.2f} × ({r['small']:.1f} -> {r['large']:.1f} ms)"
-        add(("4,000 to 1 million items: p50 grows by", "3 ×", "1.5 ×", told,
-             judged(r["times"], 3, 1.5)))  # fmt: skip
-    if r := rows.get("events"):
-        told = f"{r['missed']} of {r['events']} missed; {r['histories_right']} of " \
-               f"{r['histories']} histories as acknowledged"  # fmt: skip
-        missed = r["missed"] + r["histories"] - r["histories_right"]
-        add(("event acknowledged to reflected", "next request", "next request", told,
-             judged(missed, 0, 0)))  # fmt: skip
-    if r := rows.get("soak"):
-        told = f"{100 * r['growth']:+.1f} % ({r['first_mb']:.0f} -> {r['last_mb']:.0f} MB), " \
-               f"{r['errors']} of {r['requests']:,}"  # fmt: skip
-        reached = worst(judged(r["growth"], 0.05, 0.01), judged(r["errors"], 0, 0))
-        what = f"soak of {r['seconds'] / 60:.0f} min at {r['asked_rate']:.0f}/s: memory, errors"
-        add((what, "5 %, 0", "1 %, 0", told, reached))
-    return out
-
-
-def _against(r: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    ours, other = r["ours"], r["plain"]
-    faster, sooner = ours["rate"] / other["rate"], other["p99"] / ours["p99"]
-    reached = worst(judged(faster, 3, 8, True), judged(sooner, 3, 8, True))
-    told = f"{faster:.1f} ×, 1/{sooner:.1f} ({ours['rate']:.0f} and {other['rate']:.0f}/s; p99 " \
-           f"{ours['p99']:.0f} and {other['p99']:.0f} ms)"  # fmt: skip
-    beside = [
-        ("one client, p50", ours["one_p50"], other["one_p50"], "ms"),
-        ("processor time a request", ours["server_cpu_ms"], other["server_cpu_ms"], "ms"),
-        ("memory, RSS", ours["memory"]["rss"], other["memory"]["rss"], "MB"),
-        ("start to ready", ours["started"], other["started"], "s"),
-    ]
-    lines = [
-        (f"… {what}", "", "", f"{a:.1f} and {b:.1f} {unit} ({b / a:.1f} ×)", "")
-        for what, a, b, unit in beside
-    ]
-    lines.append(("… the same items", "", "", f"{100 * r['same']:.0f} %", ""))
-    return [
-        ("against the plain way: requests/s, p99", "3 ×, 1/3", "8 ×, 1/8", told, reached),
-        *lines,
-    ]
-
-
-def worst(*reached: str) -> str:
-    return max(reached, key=("aim", "must", "no").index)
-
-
-def show(found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    print(f"\n{found['machine']}\n")
-    print("| | must | aim | measured | reached |\n|---|---|---|---|---|")
-    for cells in table(rows):
-        print(f"| {' | '.join(cells)} |")
-    for name in ("one", "many"):
-        if name in rows:
-            print(f"\nBy stage, {name}, ms (GET /v1/stats):\n\n| stage | p50 | p90 | p99 |")
-            print("|---|---|---|---|")
-            for stage, told in rows[name]["stages"].items():
-                if told["count"]:
-                    print(f"| {stage} | {told['p50']} | {told['p90']} | {told['p99']} |")
-            asked = 1e3 * rows[name]["cpu"] / rows[name]["requests"]
-            took = rows[name]["server_cpu_ms"]
-            print(f"\nProcessor time a request: server {took:.2f} ms, load {asked:.3f} ms.")
-    others = (f"{name} {100 * row['others']:.0f} %" for name, row in rows.items())
-    print(f"\nOf the processor time, others took: {', '.join(others)}")
-    if "profile" in rows:
-        for name in ("one", "many"):
-            for kind in ("threads", "own", "whole"):
-                print(f"\n{name}, {kind}:")
-                for what, share in rows["profile"][name][kind].items():
-                    print(f"  {100 * share:5.1f} %  {what}")
 
 
 # --- the machine, and who else was busy ---
@@ -600,7 +407,18 @@ def measured(bench: Bench, name: str) -> dict[str, Any]:
     (all_after, own_after), took = busy(), time.perf_counter() - begun
     others = (all_after - all_before) - (own_after - own_before)
     cores = len(os.sched_getaffinity(0))
-    return {**found, "others": max(others, 0.0) / (took * cores), "took": took}
+    shared = {"others": max(others, 0.0) / (took * cores), "took": took, "code": code()}
+    return {**found, **shared}
+
+
+def code() -> str:
+    """Digest of the package: rows of one table should be of one code."""
+    import tfrec
+
+    hashed = hashlib.sha256()
+    for path in sorted(Path(tfrec.__file__).parent.rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
 
 
 # --- bundles that are not there ---
@@ -665,6 +483,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--quick", action="store_true", help="short runs, for who works on it")
     parser.add_argument("--set", action="append", default=[], help="for `tfrec serve`, KEY=VALUE")
+    parser.add_argument("--page", default="", help="a page whose figures are replaced")
     told = parser.parse_args()
     kept = Path(told.out) / ("serving-quick.json" if told.quick else "serving.json")
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"rows": {}}
@@ -679,7 +498,13 @@ def main() -> int:
             partial = kept.with_suffix(".partial")
             partial.write_text(json.dumps(found, indent=1))
             partial.rename(kept)
-    show(found)
+    text = report(found)
+    print(f"\n{text}")
+    if told.page:
+        page = Path(told.page)
+        before, begin, rest = page.read_text("utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
     return 0
 
 
