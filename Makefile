@@ -14,14 +14,22 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-
 PINS := pyproject.toml constraints.txt
 TRAIN := .venv/.installed-train
 DEV := .venv/.installed-dev
+SERVE := .venv/.installed-serve
+BUNDLE := saved_models/movielens-100k/bundle
 
-.PHONY: help setup setup-train demo test check docs bench bench-train bench-pretrain bench-index bench-text clean
+.PHONY: help setup setup-train demo serve test check docs bench bench-train bench-pretrain bench-index bench-text \
+	bench-serve clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-demo: $(TRAIN) ## set up what training needs, then the main job on MovieLens-100K
+demo: $(TRAIN) ## set up what training needs, then the main job on MovieLens-100K, and a bundle of it
 	$(BIN)/tfrec run movielens-100k
+	$(BIN)/tfrec export saved_models/movielens-100k --to $(BUNDLE) --no-saved-models
+
+serve: $(SERVE) ## answer requests with the bundle that `make demo` left, and show the page
+	@test -d $(BUNDLE) || { echo "make: there is no bundle yet; run: make demo"; exit 2; }
+	$(BIN)/tfrec serve $(BUNDLE)
 
 test: $(DEV) ## set up everything, then run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
@@ -51,6 +59,9 @@ bench-index: $(TRAIN) ## the vector index beside hnswlib and faiss: make bench-i
 bench-text: $(TRAIN) ## the int8 text encoder beside TensorFlow and onnxruntime (installs the latter apart)
 	$(BIN)/python benchmarks/text_int8.py $(BENCH)
 
+bench-serve: $(DEV) ## the server beside TensorFlow in FastAPI: make bench-serve BENCH="--bundle DIR"
+	$(BIN)/python benchmarks/serving.py $(BENCH)
+
 setup: $(DEV) ## .venv with everything
 
 setup-train: $(TRAIN) ## .venv with what training needs
@@ -72,4 +83,9 @@ $(TRAIN): .venv/bin/python $(PINS)
 $(DEV): .venv/bin/python $(PINS)
 	@echo "installing the pinned packages for training and development ..."
 	$(PIP) -e '.[dev]'
-	@touch $(TRAIN) $@
+	@touch $(TRAIN) $(SERVE) $@
+
+$(SERVE): .venv/bin/python $(PINS)
+	@echo "installing the pinned packages for serving ..."
+	$(PIP) -e '.[serve]'
+	@touch $@

@@ -9,11 +9,13 @@ import uvicorn
 
 
 @contextmanager
-def running(app, port: int = 0, **settings: object) -> Iterator[str]:
+def running(app, **settings: object) -> Iterator[str]:
     """Serves an ASGI app; gives its address, ``http://127.0.0.1:PORT``."""
-    listening = socket.create_server(("127.0.0.1", port))
-    told = {"log_level": "critical", "lifespan": "off", "server_header": False, **settings}
-    server = uvicorn.Server(uvicorn.Config(app, **told))
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", server_header=False, **settings
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

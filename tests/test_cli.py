@@ -473,3 +473,50 @@ class TestDoctor:
         assert cli.main(["doctor"]) == code
         lines = capsys.readouterr().out.splitlines()
         assert [tuple(line.split(maxsplit=1)) for line in lines] == findings
+
+
+class TestKeys:
+    @pytest.fixture
+    def keys(self, tmp_path, capsys):
+        """Runs `tfrec keys ...` on a file of its own; gives the exit code and what was written."""
+
+        def run(*arguments: str) -> tuple[int, str, str]:
+            code = cli.main(["keys", *arguments, "--file", str(tmp_path / "keys.json")])
+            return code, *capsys.readouterr()
+
+        return run
+
+    def test_a_key_is_printed_alone_so_that_a_script_can_take_it(self, keys, tmp_path):
+        from tfrec.serving.keys import Keys
+
+        code, out, told = keys("create", "--role", "read", "--label", "shop")
+        assert code == 0
+        found = Keys(tmp_path / "keys.json").find(one_line(out))
+        assert (found.role, found.label) == ("read", "shop")
+        assert "not shown again" in one_line(told)
+
+    def test_the_list_has_everything_but_the_keys(self, keys):
+        made = [keys("create", "--role", role, "--label", "x y")[1] for role in ("read", "admin")]
+        code, out, _ = keys("list")
+        assert code == 0
+        assert [line.split()[1] for line in out.splitlines()] == ["read", "admin"]
+        assert all(line.endswith("  x y") for line in out.splitlines())
+        assert not any(token.strip() in out for token in made)
+
+    def test_a_revoked_key_is_gone(self, keys):
+        keys("create", "--role", "write")
+        key_id = keys("list")[1].split()[0]
+        assert keys("revoke", key_id)[:2] == (0, f"revoked {key_id}  write\n")
+        assert keys("list")[1] == ""
+
+    @pytest.mark.parametrize("arguments", [["list"], ["revoke", "abc"]])
+    def test_a_file_that_is_not_there_is_no_list(self, keys, arguments):
+        code, _, told = keys(*arguments)
+        assert code == 2
+        assert "`tfrec keys create` makes one" in one_line(told)
+
+    def test_an_unknown_id_is_named(self, keys):
+        keys("create", "--role", "read")
+        code, _, told = keys("revoke", "abc")
+        assert code == 2
+        assert "has no key 'abc'" in one_line(told)

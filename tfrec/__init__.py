@@ -25,6 +25,8 @@ _PUBLIC = {
     "TopK": "tfrec.recommender",
     "load_recommender": "tfrec.stages.recommend",
     "run": "tfrec.pipeline",
+    "Client": "tfrec.client",
+    "AsyncClient": "tfrec.client",
 }
 
 __all__ = ["__version__", *_PUBLIC]

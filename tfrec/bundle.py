@@ -42,6 +42,8 @@ max_enqueued_batches { value: 1000 }
 KIND = "bundle"
 VERSIONS = "versions"
 SERVING = "tf-serving"
+ARRAYS = "arrays"
+"""The signature of SavedModels that takes and gives what the LiteRT model of the same does."""
 EXAMPLES = "examples"
 LINKED = ("tensorflow-text",)
 """Packages whose operations are linked into TensorFlow Serving as it is released."""

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _add_export(verbs)
     _add_verify(verbs)
     _add_serve(verbs)
+    _add_keys(verbs)
     _add_recommend(verbs)
     _add_encode(verbs)
     _add_data(verbs)
@@ -696,6 +697,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     ]
     settings = Config.load("files", [*arguments.settings, *told]).serve
+    # NumPy's products here are small: threads for them cost more than they save, and take the
+    # cores from the models. It reads this when it is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Arrow's own pool keeps what reading a bundle took; the system's gives it back.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         from tfrec.serving.server import serve
     except ModuleNotFoundError as error:
@@ -703,6 +709,96 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"serving needs the package {error.name}; install it with: pip install 'tfrec[serve]'"
         ) from None
     return serve(arguments.folder, settings)
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def _add_keys(verbs: Verbs) -> None:
+    purpose = "make, list or revoke the API keys of a server"
+    verb = verbs.add_parser(
+        "keys",
+        help=purpose,
+        description="Make, list or revoke the API keys of a server. A running server sees the "
+        "change within a second.",
+        epilog=_examples(
+            (
+                "a key for a web shop, which tells what people do",
+                "tfrec keys create --role write --label shop "
+                "--file bundles/movielens.state/keys.json",
+            ),
+            ("who has one", "tfrec keys list --file bundles/movielens.state/keys.json"),
+        ),
+    )
+    actions = verb.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=_Parser
+    )
+    create = actions.add_parser(
+        "create",
+        help="make a key and print it, this once",
+        description="Make a key and print it, this once: the file holds its hash alone.",
+        epilog=_examples(
+            ("for one who runs the server", "tfrec keys create --role admin --file keys.json"),
+        ),
+    )
+    create.set_defaults(handler=_keys_create)
+    create.add_argument(
+        "--role",
+        required=True,
+        choices=("read", "write", "admin"),
+        help="read: recommendations and search; write: events and items too; admin: everything",
+    )
+    create.add_argument("--label", default="", metavar="TEXT", help="whose it is or what for")
+    listing = actions.add_parser(
+        "list",
+        help="ids, roles, dates and labels; never the keys themselves",
+        epilog=_examples(("who has a key", "tfrec keys list --file keys.json")),
+    )
+    listing.set_defaults(handler=_keys_list)
+    revoke = actions.add_parser(
+        "revoke",
+        help="take a key out for good",
+        epilog=_examples(("by its id", "tfrec keys revoke 1f0c9a77d2e4 --file keys.json")),
+    )
+    revoke.set_defaults(handler=_keys_revoke)
+    revoke.add_argument("id", metavar="ID", help="an id from `tfrec keys list`")
+    for action in (create, listing, revoke):
+        action.add_argument(
+            "--file",
+            required=True,
+            type=Path,
+            help="the server's file of keys: serve.keys, or keys.json in the folder of its state",
+        )
+
+
+def _keys_create(arguments: argparse.Namespace) -> int:
+    from tfrec.serving.keys import Keys
+
+    print(Keys(arguments.file).create(arguments.role, arguments.label))
+    print(f"the key is not shown again; its hash is in {arguments.file}", file=sys.stderr)
+    return DONE
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    from tfrec.serving.keys import Keys
+
+    for key in Keys(_existing(arguments.file)).listing():
+        print(f"{key.id}  {key.role:<5}  {key.created}  {key.label}".rstrip())
+    return DONE
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    from tfrec.serving.keys import Keys
+
+    gone = Keys(_existing(arguments.file)).revoke(arguments.id)
+    print(f"revoked {gone.id}  {gone.role}  {gone.label}".rstrip())
+    return DONE
+
+
+def _existing(file: Path) -> Path:
+    if not file.exists():
+        raise InputError(f"there is no file {file}; `tfrec keys create` makes one")
+    return file
 
 
 # --- recommend -----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Base:
             pool.submit(self.commits.run, first)
             entered.wait(20)
             puts = [pool.submit(outcome, number) for number in numbers]
-            while self.commits._waiting.qsize() < len(numbers):
+            while len(self.commits._waiting) < len(numbers):
                 pass
             go_on.set()
             return [put.result() for put in puts]
@@ -85,6 +85,21 @@ def test_a_write_that_fails_leaves_nothing_of_itself(base):
     assert base.rows() == []
     base.put(2)
     assert base.rows() == [2]
+
+
+def test_a_write_alone_is_run_by_its_caller(base):
+    assert base.commits.run(lambda _: threading.current_thread()) is threading.current_thread()
+
+
+def test_a_caller_that_is_interrupted_leaves_nothing_and_blocks_nobody(base):
+    def half(connection):
+        connection.execute("INSERT INTO t VALUES (1)")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        base.commits.run(half)
+    assert base.held_up([2, 3]) == ["ok", "ok"]
+    assert base.rows() == [2, 3]
 
 
 def test_what_follows_a_commit_sees_its_result_before_its_caller_goes_on(base):

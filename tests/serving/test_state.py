@@ -146,8 +146,12 @@ def test_events_are_numbered_and_can_be_read_from_a_number_on(state):
     assert numbers == sorted(set(numbers))
     state.append(events[700:])
     state.forget("u1")
-    later = [event for _, event in state.events(numbers[-1])]
-    assert later == [event for event in events[700:] if event.user_id != "u1"]
+    later = list(state.events(numbers[-1]))
+    assert [event for _, event in later] == [e for e in events[700:] if e.user_id != "u1"]
+    for user in ("u0", "u2"):
+        state.forget(user)
+    state.append([liked("new")])
+    assert [event for _, event in state.events(later[-1][0])] == [liked("new")]
 
 
 def test_an_item_is_as_it_was_put_last(state):

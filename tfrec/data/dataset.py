@@ -157,9 +157,16 @@ def _write_table(table: Table, path: Path) -> None:
     pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
+def _cells(column: pa.ChunkedArray) -> tuple[str, ...]:
+    """The texts of a column; those that are equal are one object, since many are in some."""
+    coded = column.combine_chunks().dictionary_encode()
+    words = coded.dictionary.to_pylist()
+    return tuple(words[code] for code in coded.indices.to_pylist())
+
+
 def _read_table(path: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
     table = pq.read_table(path)
-    cells = {column: tuple(table[column].to_pylist()) for column in table.column_names}
+    cells = {column: _cells(table[column]) for column in table.column_names}
     return {
         "ids": cells.pop("id"),
         "titles": cells.pop("title"),

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from tfrec.errors import InputError
 from tfrec.index import disk
-from tfrec.index.results import Floats, Ids, Ragged, TopK, best_columns, merged
+from tfrec.index.results import Floats, Ids, Ragged, TopK, best_columns, merged, padded
 from tfrec.index.store import Gate, Metric, Precision, Store, whole_numbers
 
 # Scores that a thread has at a time: 16 MiB, and vectors that fit the processor's cache.
 _QUERIES = 256
 _ROWS = 16_384
+_ALONE = 1 << 21  # scores that are computed sooner than threads are started
 
 
 class Index(Protocol):
@@ -290,6 +291,8 @@ def nearest(
       threads: That share the queries.
     """
     found = TopK.nothing(len(queries), k)
+    if len(queries) * len(store) < _ALONE:
+        threads = 1
     size = min(_QUERIES, max(1, -(-len(queries) // max(threads, 1))))
 
     def search(start: int) -> None:
@@ -312,13 +315,18 @@ def _nearest(
 ) -> TopK:
     best = TopK.nothing(len(queries), k)
     cells = None if exclude is None else _Excluded(store, exclude)
-    for start in range(0, len(store) if places is None else len(places), _ROWS):
+    total = len(store) if places is None else len(places)
+    for start in range(0, total, _ROWS):
         at: Any = slice(start, min(start + _ROWS, len(store)))
         if places is not None:
             at = places[start : start + _ROWS]
         scores = queries @ store.rows(at).T
         if cells is not None:
             cells.clear(scores, at)
+        if total <= _ROWS:
+            columns = best_columns(scores, min(k, scores.shape[1]), store.ids[at])
+            picked = scores[np.arange(len(scores))[:, None], columns]
+            return padded(picked, store.ids[at][columns], k)
         best = merged([best, _promising(scores, store.ids[at], best.scores[:, -1], k)], k)
     return best
 

@@ -91,7 +91,7 @@ def top_k(scores: Floats, ids: Ids, k: int, exclude: Ragged | None = None) -> To
         rows, columns = _excluded_cells(exclude, ids)
         scores[rows, columns] = -np.inf
     columns = best_columns(scores, min(k, len(ids)), np.arange(len(ids)))
-    best = np.take_along_axis(scores, columns, axis=1)
+    best = scores[np.arange(len(scores))[:, None], columns]
     return padded(best, np.where(best > -np.inf, ids[columns], 0), k)
 
 
@@ -117,10 +117,12 @@ def best_columns(scores: Floats, k: int, ranks: NDArray[np.integer]) -> NDArray[
         columns = np.flatnonzero(kept).reshape(rows, k) - n * np.arange(rows)[:, None]
     else:
         columns = np.broadcast_to(np.arange(n), (rows, n))
-    picked = np.take_along_axis(scores, columns, axis=1)
+    each = np.arange(rows)[:, None]
+    picked = scores[each, columns]
     if np.isnan(picked).any():
         raise InputError("scores to rank contain NaN; the model or its input is not finite")
-    return np.take_along_axis(columns, np.lexsort((ranks[columns], -picked), axis=1), axis=1)
+    found: NDArray[np.intp] = columns[each, np.lexsort((ranks[columns], -picked), axis=1)]
+    return found
 
 
 def merged(parts: Sequence[TopK], k: int) -> TopK:
@@ -144,11 +146,11 @@ def is_listed(ids: Ids, lists: Ragged) -> NDArray[np.bool_]:
 
 def padded(scores: Floats, ids: Ids, k: int) -> TopK:
     """Results of fewer than ``k`` columns with the columns that are missing."""
-    missing = ((0, 0), (0, k - scores.shape[1]))
-    return TopK(
-        np.pad(scores, missing, constant_values=-np.inf).astype(np.float32, copy=False),
-        np.pad(ids, missing).astype(np.int32, copy=False),
-    )
+    if scores.shape[1] == k:
+        return TopK(scores.astype(np.float32, copy=False), ids.astype(np.int32, copy=False))
+    found = TopK.nothing(len(scores), k)
+    found.scores[:, : scores.shape[1]], found.ids[:, : ids.shape[1]] = scores, ids
+    return found
 
 
 def _excluded_cells(exclude: Ragged, ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
-from tfrec.bundle import EXAMPLES, SERVING, save_codes, save_rows
+from tfrec.bundle import ARRAYS, EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
@@ -95,7 +95,7 @@ def write(
       recommender: Of a run: its engine is TensorFlow's.
       text: Name of the pretrained text model, whose licence comes along.
       folder: A new folder.
-      int8: Whether the text encoder's weights, the vectors and the linear model are int8; else
+      int8: Whether the weights of text encoder and ranker, vectors and linear model are int8; else
         float32.
       saved_models: Whether SavedModels for TensorFlow Serving are part of it.
 
@@ -135,6 +135,7 @@ def write(
         "items": recommender.catalog.num_items,
         "users": len(recommender.users),
         "text_int8": int8,
+        "rank_int8": int8,
         "arrays_int8": int8,
     }
 
@@ -181,7 +182,7 @@ def _write_models(
     blobs = {
         "query": litert.query_model(engine.two_tower),
         "candidate": litert.candidate_model(engine.two_tower, recommender.text.shape[1], features),
-        "rank": litert.rank_model(engine.ranker) if engine.ranker is not None else None,
+        "rank": litert.rank_model(engine.ranker, int8) if engine.ranker is not None else None,
     }
     if recommender.text.shape[1]:
         read = [text for text in recommender.catalog.texts if text]
@@ -214,7 +215,8 @@ def _write_saved_models(
     (folder / EXAMPLES).mkdir()
     for name, inputs in asked.items():
         place = folder / SERVING / name
-        serving.warm_up(place, name, inputs)
+        arrays = made[name]["signatures"].get(ARRAYS)
+        serving.warm_up(place, name, inputs, arrays and serving.blank(arrays["inputs"]))
         body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
         write_json(folder / EXAMPLES / f"{name}.request.json", body)
         answer = {"outputs": serving.as_rest(serving.answers(place, inputs, made[name]["needs"]))}

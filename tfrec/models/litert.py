@@ -221,7 +221,19 @@ def _after(number: int, backbone: Any) -> str:
     return _PROJECTION if last else f"encoder.layer.{number + 1}.attention.self"
 
 
-def query_model(two_tower: TwoTower, int8: bool = False) -> bytes:
+class Function(NamedTuple):
+    """What a model computes, in tensors.
+
+    Attributes:
+      call: Takes the tensors of ``signature`` by name, and gives one by name.
+      signature: Name -> tf.TensorSpec.
+    """
+
+    call: Callable[..., Mapping[str, Any]]
+    signature: Mapping[str, Any]
+
+
+def query_function(two_tower: TwoTower) -> Function:
     """The query tower: the arrays of :meth:`TwoTower.query_inputs` -> ``query`` (b, d)."""
     config = two_tower.config
     widths = dict(zip(("profile", "attributes"), two_tower.widths, strict=True))
@@ -233,36 +245,47 @@ def query_model(two_tower: TwoTower, int8: bool = False) -> bytes:
     used |= {name for name, width in widths.items() if width}
     signature = {name: _many(found[name]) for name in sorted(used)}
 
-    def call(**batch: Any) -> Any:
+    def call(**batch: Any) -> dict[str, Any]:
         rows = tf.shape(batch["vectors"])[0]
         absent = {n: tf.zeros([rows, 1, 0]) for n in widths if n not in batch}
         return {"query": two_tower({**batch, **absent}, training=False)}
 
-    return convert(call, signature, int8)
+    return Function(call, signature)
 
 
-def candidate_model(
-    two_tower: TwoTower, text_width: int, attributes_width: int, int8: bool = False
-) -> bytes | None:
+def query_model(two_tower: TwoTower, int8: bool = False) -> bytes:
+    """:func:`query_function` as a LiteRT model."""
+    return convert(*query_function(two_tower), int8)
+
+
+def candidate_function(
+    two_tower: TwoTower, text_width: int, attributes_width: int
+) -> Function | None:
     """The candidate tower for items without an id: ``text`` (n, text width) and ``attributes``
     (n, width), as far as there are any -> ``candidate`` (n, d). None: it reads neither."""
     widths = {"text": text_width, "attributes": attributes_width}
     signature = {n: tf.TensorSpec([None, width]) for n, width in widths.items() if width}
-    if not signature:
-        return None
 
-    def call(**given: Any) -> Any:
+    def call(**given: Any) -> dict[str, Any]:
         rows = tf.shape(next(iter(given.values())))[0]
         text, attributes = (given.get(name, tf.zeros([rows, 0])) for name in widths)
         tower = two_tower.candidate_tower
         return {"candidate": tower.without_ids(text, attributes)}
 
-    return convert(call, signature, int8)
+    return Function(call, signature) if signature else None
 
 
-def rank_model(ranker: Ranker, int8: bool = False) -> bytes:
+def candidate_model(
+    two_tower: TwoTower, text_width: int, attributes_width: int, int8: bool = False
+) -> bytes | None:
+    """:func:`candidate_function` as a LiteRT model."""
+    found = candidate_function(two_tower, text_width, attributes_width)
+    return None if found is None else convert(*found, int8)
+
+
+def rank_function(ranker: Ranker) -> Function:
     """The ranker: the inputs of :meth:`Ranker.call`, as far as they have a width -> its tasks, one
-    behind the other in (b, c, tasks)."""
+    behind the other in ``tasks`` (b, c, tasks)."""
     names = [name for name, width in ranker.widths.items() if width]
     signature = {
         "query": tf.TensorSpec([None, ranker.widths["candidates"]]),
@@ -273,11 +296,16 @@ def rank_model(ranker: Ranker, int8: bool = False) -> bytes:
         rows = [None] if name in ("user_attributes", "profile") else [None, None]
         signature[name] = tf.TensorSpec([*rows, ranker.widths[name]])
 
-    def call(**inputs: Any) -> Any:
+    def call(**inputs: Any) -> dict[str, Any]:
         found = ranker(inputs, training=False)
         return {"tasks": tf.stack([found[task] for task in ranker.tasks], axis=-1)}
 
-    return convert(call, signature, int8)
+    return Function(call, signature)
+
+
+def rank_model(ranker: Ranker, int8: bool = False) -> bytes:
+    """:func:`rank_function` as a LiteRT model."""
+    return convert(*rank_function(ranker), int8)
 
 
 def _named(blob: bytes, output: str) -> bytes:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfrec.bundle import ARRAYS
 from tfrec.data.catalog import FeatureSchema, Table
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
 from tfrec.data.tokens import Role
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.golden import Golden, cosines, difference, overlap
-from tfrec.models import keras_bridge, scann_graph
+from tfrec.models import keras_bridge, litert, scann_graph
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.keras_bridge import tf
 from tfrec.models.scann_graph import ScannGraph
@@ -168,6 +169,7 @@ class Graph:
                 DEFAULT: (self.encode_query, history),
                 "full": (self.encode_query, full),
                 "rows": (self.encode_query, rows),
+                ARRAYS: litert.query_function(self._two_tower),
             },
             "retrieve": {
                 DEFAULT: (self.retrieve, {**history, **limits}),
@@ -194,10 +196,16 @@ class Graph:
         out["encode_candidate"] = {
             DEFAULT: (self.encode_candidate, {**given, **self._items.specs()})
         }
+        new = litert.candidate_function(
+            self._two_tower, self._text.shape[1], self._features.shape[1]
+        )
+        if new is not None:
+            out["encode_candidate"][ARRAYS] = new
         if self._ranker is not None:
             out["rank"] = {
                 DEFAULT: (self.rank, {**history, **candidates}),
                 "full": (self.rank, {**full, **candidates}),
+                ARRAYS: litert.rank_function(self._ranker),
             }
         return out
 
@@ -664,27 +672,46 @@ def questions(recommender: Recommender, models: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def request_of(name: str, inputs: Mapping[str, Any]) -> Any:
-    """A PredictRequest for the signature ``serving_default`` of a model."""
+def request_of(name: str, inputs: Mapping[str, Any], signature: str = DEFAULT) -> Any:
+    """A PredictRequest for a signature of a model."""
     from tensorflow_serving.apis import predict_pb2
 
     request = predict_pb2.PredictRequest()
-    request.model_spec.name, request.model_spec.signature_name = name, DEFAULT
+    request.model_spec.name, request.model_spec.signature_name = name, signature
     for key, array in inputs.items():
         request.inputs[key].CopyFrom(tf.make_tensor_proto(array))
     return request
 
 
-def warm_up(folder: Path, name: str, inputs: Mapping[str, Any]) -> None:
-    """Leaves a request where TensorFlow Serving looks for what to run before it serves a model."""
+def warm_up(
+    folder: Path, name: str, inputs: Mapping[str, Any], arrays: Mapping[str, Any] | None = None
+) -> None:
+    """Leaves requests where TensorFlow Serving looks for what to run before it serves a model.
+
+    Args:
+      folder: Of the SavedModel.
+      name: Of the model.
+      inputs: Of its ``serving_default``.
+      arrays: Of its signature ``arrays``; None: it has none.
+    """
     from tensorflow_serving.apis import prediction_log_pb2
 
     place = folder / "assets.extra"
     place.mkdir(exist_ok=True)
-    log = prediction_log_pb2.PredictionLog()
-    log.predict_log.request.CopyFrom(request_of(name, inputs))
+    asked = {DEFAULT: inputs, **({} if arrays is None else {ARRAYS: arrays})}
     with tf.io.TFRecordWriter(str(place / "tf_serving_warmup_requests")) as writer:
-        writer.write(log.SerializeToString())
+        for signature, given in asked.items():
+            log = prediction_log_pb2.PredictionLog()
+            log.predict_log.request.CopyFrom(request_of(name, given, signature))
+            writer.write(log.SerializeToString())
+
+
+def blank(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros for the inputs of a signature, as :class:`Saved` tells of them; one of what is free."""
+    return {
+        name: np.zeros([1 if size < 0 else size for size in told["shape"]], told["dtype"])
+        for name, told in inputs.items()
+    }
 
 
 def ready(needs: Sequence[str]) -> None:

@@ -11,20 +11,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 import tfrec
 from tfrec.config import ServeConfig
 from tfrec.errors import InputError, SetupError, TfrecError
-from tfrec.serving import asking, schemas
+from tfrec.serving import asking, openapi, schemas
 from tfrec.serving.answers import STATUS, error_body
 from tfrec.serving.asking import Ask
 from tfrec.serving.exposures import ExposureLog, Shown
@@ -625,7 +624,7 @@ def create_app(
     settings: ServeConfig,
     telemetry: Telemetry,
     exposures: ExposureLog | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The application, without what guards it.
 
     Args:
@@ -634,61 +633,56 @@ def create_app(
       telemetry: What counts and times.
       exposures: Where what was shown is written; None: nowhere.
     """
-    app = FastAPI(title="tfrec", version=tfrec.__version__, docs_url=None, redoc_url=None,
-                  openapi_url=None)  # fmt: skip
-    paths = App(service, settings, telemetry, exposures)
-    for method, path, handler, body, answer in (
-        ("POST", "/v1/recommend", paths.recommend, RecommendBody, schemas.Items),
-        ("POST", "/v1/shelves", paths.shelves, ShelvesBody, None),
-        ("POST", "/v1/events", paths.events, schemas.EventBody, None),
-        ("GET", "/v1/search", paths.search, None, schemas.Items),
-        ("GET", "/v1/popular", paths.popular, None, schemas.Items),
-        ("GET", "/v1/items/{item_id:path}/similar", paths.similar, None, schemas.Items),
-        ("POST", "/v1/items:import", paths.import_items, schemas.ImportedItem, None),
-        ("GET", "/v1/items/{item_id:path}", paths.item, None, None),
-        ("PUT", "/v1/items/{item_id:path}", paths.put_item, schemas.ItemBody, None),
-        ("DELETE", "/v1/items/{item_id:path}", paths.delete_item, None, None),
-        ("GET", "/v1/users", paths.users, None, None),
-        ("GET", "/v1/users/{user_id:path}", paths.user, None, None),
-        ("DELETE", "/v1/users/{user_id:path}", paths.forget, None, None),
-        ("GET", "/v1/models", paths.models, None, None),
-        ("POST", "/v1/models/{version}:activate", paths.activate, schemas.ActivateBody, None),
-        ("GET", "/v1/catalog", paths.catalog, None, None),
-        ("GET", "/v1/stats", paths.stats, None, None),
-        ("GET", "/healthz", paths.healthz, None, None),
-        ("GET", "/readyz", paths.readyz, None, None),
-        ("GET", "/metrics", paths.metrics, None, None),
-    ):
-        app.add_api_route(
-            path, handler, methods=[method], response_model=None,
-            openapi_extra=_described(path, method, body, answer),
-        )  # fmt: skip
-    described = _openapi(app, settings)
+    app = App(service, settings, telemetry, exposures)
+    paths: list[tuple[str, str, Handler, type[BaseModel] | None, type[BaseModel] | None]] = [
+        ("POST", "/v1/recommend", app.recommend, RecommendBody, schemas.Items),
+        ("POST", "/v1/shelves", app.shelves, ShelvesBody, None),
+        ("POST", "/v1/events", app.events, schemas.EventBody, None),
+        ("GET", "/v1/search", app.search, None, schemas.Items),
+        ("GET", "/v1/popular", app.popular, None, schemas.Items),
+        ("GET", "/v1/items/{item_id:path}/similar", app.similar, None, schemas.Items),
+        ("POST", "/v1/items:import", app.import_items, schemas.ImportedItem, None),
+        ("GET", "/v1/items/{item_id:path}", app.item, None, None),
+        ("PUT", "/v1/items/{item_id:path}", app.put_item, schemas.ItemBody, None),
+        ("DELETE", "/v1/items/{item_id:path}", app.delete_item, None, None),
+        ("GET", "/v1/users", app.users, None, None),
+        ("GET", "/v1/users/{user_id:path}", app.user, None, None),
+        ("DELETE", "/v1/users/{user_id:path}", app.forget, None, None),
+        ("GET", "/v1/models", app.models, None, None),
+        ("POST", "/v1/models/{version}:activate", app.activate, schemas.ActivateBody, None),
+        ("GET", "/v1/catalog", app.catalog, None, None),
+        ("GET", "/v1/stats", app.stats, None, None),
+        ("GET", "/healthz", app.healthz, None, None),
+        ("GET", "/readyz", app.readyz, None, None),
+        ("GET", "/metrics", app.metrics, None, None),
+    ]
+    description = json.dumps(
+        openapi.document(
+            [(m, p, h.__doc__ or "", body, answer) for m, p, h, body, answer in paths], settings
+        )
+    )
 
-    async def openapi(request: Request) -> Response:
-        return Response(json.dumps(described), media_type="application/json")
+    async def described(request: Request) -> Response:
+        return Response(description, media_type="application/json")
 
-    app.add_api_route("/openapi.json", openapi, include_in_schema=False)
-    _pages(app)
-    _errors(app)
-    return app
-
-
-def _pages(app: FastAPI) -> None:
-    """The visitors' page and the operators'."""
-
-    def page(name: str) -> Handler:
-        async def answer(request: Request) -> Response:
-            return FileResponse(WEB / name, headers={"cache-control": "no-cache"})
-
-        return answer
-
-    app.add_api_route("/", page("index.html"), include_in_schema=False)
-    app.add_api_route("/operate", page("operate.html"), include_in_schema=False)
-    app.mount("/static", StaticFiles(directory=WEB, check_dir=False))
+    routes = [Route(path, handler, methods=[method]) for method, path, handler, *_ in paths]
+    routes += [
+        Route("/openapi.json", described),
+        Route("/", _page("index.html")),
+        Route("/operate", _page("operate.html")),
+    ]
+    static = Mount("/static", StaticFiles(directory=WEB, check_dir=False))
+    return Starlette(routes=[*routes, static], exception_handlers=_errors())
 
 
-def _errors(app: FastAPI) -> None:
+def _page(name: str) -> Handler:
+    async def page(request: Request) -> Response:
+        return FileResponse(WEB / name, headers={"cache-control": "no-cache"})
+
+    return page
+
+
+def _errors() -> dict[Any, Any]:
     """Every error in the one form, and nothing of the server's insides in it."""
 
     def answer(request: Request, code: str, message: str, field: str | None = None) -> Response:
@@ -719,121 +713,27 @@ def _errors(app: FastAPI) -> None:
         if error.headers:
             found.headers.update(error.headers)
         if error.status_code == 405:
-            found.headers["allow"] = _allowed(app, request)
+            found.headers["allow"] = _allowed(request)
         return found
 
-    for kind, handler in (
-        (RefusedError, refused), (InputError, wrong), (SetupError, broken), (LateError, late),
-        (TimeoutError, late), (BusyError, busy), (ClosingError, closing), (HTTPException, other),
-    ):  # fmt: skip
-        app.add_exception_handler(kind, handler)
+    return {
+        RefusedError: refused,
+        InputError: wrong,
+        SetupError: broken,
+        LateError: late,
+        TimeoutError: late,
+        BusyError: busy,
+        ClosingError: closing,
+        HTTPException: other,
+    }
 
 
-def _allowed(app: FastAPI, request: Request) -> str:
+def _allowed(request: Request) -> str:
     """The methods of a path, which are on as many routes; the router tells of the first alone."""
     methods: set[str] = set()
-    for route in app.routes:
+    for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             if route.path.endswith("/similar"):
                 return "GET"
             methods |= route.methods or set()
     return ", ".join(sorted(methods))
-
-
-def _described(
-    path: str, method: str, body: type[BaseModel] | None, answer: type[BaseModel] | None
-) -> dict[str, Any]:
-    """What the OpenAPI description says of a path beside its name."""
-    told: dict[str, Any] = {}
-    if body is not None:
-        schema: dict[str, Any] = {"$ref": f"#/components/schemas/{body.__name__}"}
-        kind = "application/json"
-        if body is schemas.EventBody:
-            schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
-        if body is schemas.ImportedItem:
-            kind, schema = "application/x-ndjson", {"type": "string"}
-        told["requestBody"] = {
-            "required": body not in (schemas.ActivateBody, schemas.ImportedItem),
-            "content": {kind: {"schema": schema}},
-        }
-    parameters = []
-    for name in ("item_id", "user_id", "version"):
-        if "{" + name in path:
-            wanted = {"type": "string", "maxLength": 512, "pattern": r"^[^\u0000]+$"}
-            parameters.append({"name": name, "in": "path", "required": True, "schema": wanted})
-    queries: dict[str, dict[str, Any]] = {}
-    if path in ("/v1/search", "/v1/popular") or path.endswith("/similar"):
-        queries = {"k": {"type": "integer", "minimum": 1, "default": 10},
-                   "user_id": {"type": "string", "maxLength": 512}}  # fmt: skip
-    if path == "/v1/search":
-        queries["q"] = {"type": "string", "pattern": r"\S"}
-    if path == "/v1/users":
-        number = {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": 50}
-        queries = {"limit": number, "q": {"type": "string", "maxLength": 512}}
-    for name, wanted in queries.items():
-        parameters.append(
-            {
-                "name": name,
-                "in": "query",
-                "required": name == "q" and path == "/v1/search",
-                "schema": wanted,
-            }
-        )
-    if parameters:
-        told["parameters"] = parameters
-    good: dict[str, Any] = {"description": "done", "content": {"application/json": {}}}
-    if answer is not None:
-        schema = {"$ref": f"#/components/schemas/{answer.__name__}"}
-        good["content"] = {"application/json": {"schema": schema}}
-    if path == "/metrics":
-        good["content"] = {"text/plain": {}}
-    failed = {"$ref": "#/components/schemas/Failed"}
-    told["responses"] = {
-        "200": good,
-        **({"201": good} if method == "PUT" else {}),
-        "default": {
-            "description": "an error",
-            "content": {"application/json": {"schema": failed}},
-        },
-    }
-    return told
-
-
-def _limited(described: dict[str, Any], limits: ServeConfig) -> None:
-    """Writes this server's limits into its description."""
-    known = described["components"]["schemas"]
-    for name in ("RecommendBody", "ShelvesBody"):
-        columns = known[name]["properties"]
-        columns["k"]["maximum"] = limits.max_k
-        columns["profile"]["anyOf"][0]["maxLength"] = limits.max_text
-        for column in ("history", "exclude", "include"):
-            columns[column]["maxItems"] = limits.max_ids
-    for name in ("ItemBody", "ImportedItem"):
-        for column in ("title", "text"):
-            known[name]["properties"][column]["maxLength"] = limits.max_text
-    for path, operations in described["paths"].items():
-        for operation in operations.values():
-            for parameter in operation.get("parameters", ()):
-                if parameter["name"] == "k":
-                    parameter["schema"]["maximum"] = limits.max_k
-                if parameter["name"] == "q" and path == "/v1/search":
-                    parameter["schema"]["maxLength"] = limits.max_text
-    events = described["paths"]["/v1/events"]["post"]["requestBody"]["content"]
-    events["application/json"]["schema"]["anyOf"][1]["maxItems"] = limits.max_bulk
-
-
-def _openapi(app: FastAPI, limits: ServeConfig) -> dict[str, Any]:
-    described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    models = (
-        RecommendBody, ShelvesBody, schemas.EventBody, schemas.ItemBody, schemas.ImportedItem,
-        schemas.ActivateBody, schemas.Failed, schemas.Items,
-    )  # fmt: skip
-    _, defined = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-    )
-    described.setdefault("components", {})["schemas"] = defined["$defs"]
-    for operations in described["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-    _limited(described, limits)
-    return described

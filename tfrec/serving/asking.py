@@ -173,8 +173,7 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
 
 
 def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: float) -> Slate:
-    n = max(len(best.rows), 0)
-    now = time.time()
+    n = len(best.rows)
     rows = best.rows.tolist()
 
     def values(column: str) -> list[list[str]]:
@@ -185,7 +184,7 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
         scores=best.scores,
         vectors=unit(chain.vectors[best.rows]),
         values=values,
-        age=_age(rows, chain.created, now),
+        age=_ages(chain, rows),
         places=k,
         diversity=diversity,
         random=np.random.default_rng(zlib.crc32(ask.request_id.encode())),
@@ -195,9 +194,12 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
     )
 
 
-def _age(rows: Sequence[int], created: Mapping[int, float], now: float) -> NDArray[np.float64]:
-    """float64 (n,), seconds since items were added; 0 where our clock is behind."""
-    age = np.array([now - created.get(row, -np.inf) for row in rows], np.float64)
+def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
+    """float64 (n,), seconds since items were put, at least 0; infinite for the bundle's."""
+    if not chain.created:
+        return np.full(len(rows), np.inf)
+    now = time.time()
+    age = np.array([now - chain.created.get(row, -np.inf) for row in rows], np.float64)
     return np.maximum(age, 0)
 
 

@@ -11,7 +11,6 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from tfrec.errors import StateError
@@ -25,7 +24,11 @@ def _nothing(result: Any) -> None:
 
 
 class Commits:
-    """Runs writes in the order in which they came, in a thread of its own."""
+    """Runs writes one transaction after another.
+
+    A write that finds nobody else is run by its caller, which saves waiting for another thread.
+    Those that come meanwhile are run by a thread of this, all that wait in one transaction.
+    """
 
     def __init__(
         self, connection: sqlite3.Connection, explain: Callable[[sqlite3.Error], StateError]
@@ -33,12 +36,12 @@ class Commits:
         """Starts the thread.
 
         Args:
-          connection: The only one that writes; in autocommit mode.
+          connection: The only one that writes; in autocommit mode, and free for any thread.
           explain: What a caller is told of an error of SQLite.
         """
         self._connection, self._explain = connection, explain
-        self._waiting: SimpleQueue[_Write[Any] | None] = SimpleQueue()
-        self._lock, self._closed = threading.Lock(), False
+        self._waiting: list[_Write[Any]] = []
+        self._busy, self._closed, self._changed = False, False, threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tfrec-commits", daemon=True)
         self._thread.start()
 
@@ -46,45 +49,58 @@ class Commits:
         """Runs ``work`` in a transaction and returns once that is committed.
 
         Args:
-          work: Writes by the connection it is given; what it returns is returned.
+          work: Writes by the connection it is given; what it returns is returned. It may be run
+            again, after what it did was undone.
           then: Called with the same after the commit, before any caller and any later write.
 
         Raises:
           StateError: nothing of it was written.
         """
         write = _Write(work, then)
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise StateError("the state was closed; open it again")
-            self._waiting.put(write)
+            alone = not self._busy and not self._waiting
+            if alone:
+                self._busy = True
+            else:
+                self._waiting.append(write)
+        if alone:
+            try:
+                self._commit([write])
+            finally:
+                self._is_free()
+        else:
+            write.wait()
         return write.result()
 
     def close(self) -> None:
         """Ends the thread once everything that waits is written."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._waiting.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        writes: list[_Write[Any]] = []
-        while (write := self._waiting.get()) is not None:
-            writes = [write]
-            last = self._gather(writes)
+        while writes := self._gather():
             self._commit(writes)
+            self._is_free()
             for write in writes:
                 write.wake()
-            if last:
-                return
 
-    def _gather(self, writes: list[_Write[Any]]) -> bool:
-        """Adds all that wait; True: there will be no more."""
-        with contextlib.suppress(Empty):
-            while (write := self._waiting.get_nowait()) is not None:
-                writes.append(write)
-            return True
-        return False
+    def _gather(self) -> list[_Write[Any]]:
+        """All that wait, once there are some and no write runs; none: there will be no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and (self._waiting or self._closed))
+            writes, self._waiting = self._waiting, []
+            self._busy = bool(writes)
+        return writes
+
+    def _is_free(self) -> None:
+        with self._changed:
+            self._busy = False
+            if self._waiting or self._closed:
+                self._changed.notify()
 
     def _commit(self, writes: Sequence[_Write[Any]]) -> None:
         try:
@@ -130,8 +146,10 @@ class _Write(Generic[Result]):
     def wake(self) -> None:
         self._done.release()
 
-    def result(self) -> Result:
+    def wait(self) -> None:
         self._done.acquire()
+
+    def result(self) -> Result:
         if self.failed is not None:
             raise self.failed
         return self._found[0]

@@ -56,6 +56,7 @@ _EVENT_COLUMNS = pa.schema(
 _UNFINISHED = ".partial"
 _ABANDONED_SECONDS = 3600.0
 _EVENTS_AT_ONCE = 10_000
+_LISTS_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +275,12 @@ def _event_table(events: Sequence[Event]) -> pa.Table:
 
 
 def _table(held: Sequence[Shown]) -> pa.Table:
+    """In pieces, since Arrow keeps other threads waiting while it takes a list in."""
+    starts = range(0, len(held), _LISTS_AT_ONCE)
+    return pa.concat_tables(_piece(held[start : start + _LISTS_AT_ONCE]) for start in starts)
+
+
+def _piece(held: Sequence[Shown]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
     for shown in held:
         k = len(shown.item_ids)

@@ -33,6 +33,8 @@ def start(
 ) -> Lines:
     """Sends what this process logs to a stream, from a thread of its own.
 
+    uvicorn must leave logging alone (``log_config=None``): else it closes every handler there is.
+
     Args:
       level: The least that is written: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
       form: ``json``: an object on each line; ``text``: for a person; ``auto``: text on a terminal.
@@ -100,6 +102,7 @@ class Lines(logging.Handler):
             logger = logging.getLogger(name)
             if self in logger.handlers:
                 logger.removeHandler(self)
+                logger.setLevel(logging.NOTSET)
                 logger.propagate = True
         self._ended = True
         self._wake.set()
@@ -115,9 +118,11 @@ class Lines(logging.Handler):
             self._wake.set()
 
     def _write(self) -> None:
-        while not self._ended:
+        ended = False
+        while not ended:
             self._wake.wait(PAUSE)
             self._wake.clear()
+            ended = self._ended
             while self._waiting:
                 self._write_some()
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import ipaddress
 import logging
+import operator
 import secrets
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from tfrec.bundle import Bundle
 from tfrec.config import ServeConfig
+from tfrec.engines import LITERT, ModelsEngine, Status, engine_of
 from tfrec.errors import ConfigError, SetupError
 from tfrec.serving import logs, traces, versions
 from tfrec.serving.app import create_app
@@ -33,6 +38,13 @@ _log = logging.getLogger("tfrec.serving")
 
 RATE = 50.0
 """Requests a second of one key or address, where others can ask and nothing else is said."""
+
+_ENGINE = {
+    "calls": "that a server was to answer",
+    "failed": "to which it gave no good answer",
+    "retried": "of which it was asked twice",
+    "fallbacks": "that LiteRT answered for it",
+}
 
 _GRACE = 20  # seconds for requests that are under way when the server is told to end
 
@@ -77,13 +89,12 @@ def serve(bundle: Path, settings: ServeConfig) -> int:
     lines = logs.start()
     signal.signal(signal.SIGTERM, _end)
     try:
-        with _listening(settings) as listener, running(bundle, settings) as app:
+        with _listening(settings) as listener, running(bundle, settings, lines) as app:
             address = _address(listener)
             server = uvicorn.Server(_uvicorn(app, settings))
             _drained_by(signal.SIGTERM, server)
             # After start-up nearly nothing becomes garbage that was there before.
-            gc.collect()
-            gc.freeze()
+            _settle()
             print(f"serving {bundle} at {address}  (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listener])
     finally:
@@ -110,12 +121,13 @@ def _drained_by(number: signal.Signals, server: uvicorn.Server) -> None:
 
 
 @contextlib.contextmanager
-def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
+def running(bundle: Path, settings: ServeConfig, lines: logs.Lines | None = None) -> Iterator[Any]:
     """The guarded application of a bundle, from start to end.
 
     Args:
       bundle: The folder.
       settings: Of the server.
+      lines: Where a line on each request goes; None: nowhere.
 
     Yields:
       An ASGI application that is ready to answer.
@@ -127,7 +139,7 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         state = open_state(place.state, settings.synchronous)
         stack.callback(state.close)
-        service = Service(bundle, settings, state)
+        service = Service(bundle, settings, state, functools.partial(_engine, settings))
         service.start()
         stack.callback(service.close)
         tracer = traces.open_tracer()
@@ -136,7 +148,7 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
         exposures = _exposures(place, settings)
         if exposures is not None:
             stack.callback(exposures.close)
-        telemetry = _telemetry(service, exposures, _salt(state, settings), tracer)
+        telemetry = _telemetry(service, exposures, _salt(state, settings), tracer, lines)
         app = create_app(service, settings, telemetry, exposures)
         guarded = Guard(
             app,
@@ -150,18 +162,54 @@ def running(bundle: Path, settings: ServeConfig) -> Iterator[Any]:
         yield Observer(guarded, telemetry)
 
 
+def _engine(settings: ServeConfig, version: Bundle, own: ModelsEngine) -> ModelsEngine:
+    """The engine of a version, as ``serve.engine`` names it; says whether its server is there."""
+    found = engine_of(settings.engine, version, own, settings.engine_timeout)
+    if said := found.check():
+        _log.info(said)
+    return found
+
+
 def _telemetry(
-    service: Service, exposures: ExposureLog | None, salt: bytes, tracer: Any
+    service: Service,
+    exposures: ExposureLog | None,
+    salt: bytes,
+    tracer: Any,
+    lines: logs.Lines | None,
 ) -> Telemetry:
     chain = service.versions.of("").chain
-    telemetry = Telemetry(Served(chain.popularity), salt, tracer)
+    telemetry = Telemetry(Served(chain.popularity), salt, tracer, lines)
     telemetry.served.resized(len(chain.index.ids))
     telemetry.versions(dict(service.versions.shares))
     telemetry.gauge("tfrec_waiting", "Requests that wait for the models", lambda: service.waiting)
+    if service.settings.engine != LITERT:
+        _add_engines(telemetry, service)
+    about = "Connections ended for what came, or did not come, on them"
+    telemetry.counter("tfrec_connections_refused", about, lambda: Connection.refused)
+    if lines is not None:
+        about = "Lines of the log for which there was no room"
+        telemetry.counter("tfrec_log_lines_dropped", about, lambda: lines.dropped)
     if exposures is not None:
         about = "Rows of the log of what was shown that were lost"
         telemetry.counter("tfrec_exposures_dropped", about, lambda: exposures.dropped)
     return telemetry
+
+
+def _add_engines(telemetry: Telemetry, service: Service) -> None:
+    """Figures of the engines of the versions that are loaded."""
+
+    def total(value: Callable[[Status], float]) -> Callable[[], float]:
+        def now() -> float:
+            engines = [version.chain.engine for version in service.versions.loaded.values()]
+            return sum(value(one.status()) for one in engines if isinstance(one, ModelsEngine))
+
+        return now
+
+    away = total(lambda status: status.since is not None)
+    telemetry.gauge("tfrec_engine_away", "Versions whose server is away", away)
+    for name, about in _ENGINE.items():
+        value = total(operator.attrgetter(name))
+        telemetry.counter(f"tfrec_engine_{name}", f"Calls of models {about}", value)
 
 
 def _exposures(place: Place, settings: ServeConfig) -> ExposureLog | None:
@@ -191,6 +239,14 @@ def _keys(place: Place, settings: ServeConfig, loopback: bool) -> Keys | None:
             f"with: tfrec keys create --role admin --file {path}"
         )
     return keys
+
+
+def _settle() -> None:
+    """Gives back what reading the bundle took, and leaves out of collections what stays."""
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _uvicorn(app: Any, settings: ServeConfig) -> uvicorn.Config:

@@ -22,7 +22,7 @@ from tfrec.serving import asking, versions
 from tfrec.serving.asking import Ask, Listed
 from tfrec.serving.schemas import RecommendBody, Shelf
 from tfrec.serving.state import Event, Item, State
-from tfrec.serving.versions import Version, Versions
+from tfrec.serving.versions import MakeEngine, Version, Versions
 
 _log = logging.getLogger("tfrec.serving")
 
@@ -95,7 +95,7 @@ class Service:
       bundle: The folder.
       settings: Of the server.
       state: What it must not forget.
-      engine: What makes another engine of a version's own; None: its own.
+      engine: What makes the engine of a version, of LiteRT's; None: that is it.
 
     Raises:
       ArtifactError: the bundle has no version that can be served.
@@ -106,10 +106,10 @@ class Service:
         bundle: Path,
         settings: ServeConfig,
         state: State,
-        engine: Callable[[Version | Any], Any] | None = None,
+        engine: MakeEngine | None = None,
     ) -> None:
         self.settings, self.state = settings, state
-        make = engine or (lambda own: own)
+        make = engine or (lambda found, own: own)
         self.versions = Versions(
             bundle, state, lambda number: versions.load(bundle, number, settings.threads, make)
         )

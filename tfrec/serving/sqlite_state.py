@@ -1,6 +1,6 @@
 """SqliteState: the state of one server in a folder, by SQLite with a write-ahead log.
 
-Writes go through one thread, and those that wait at the same time share a transaction. Reads run
+Writes come one after another, and those that wait at the same time share a transaction. Reads run
 beside them, from as many threads as like. An acknowledged event survives a kill of the process;
 with ``synchronous="full"`` a power cut as well, if the disk keeps what it says it has written.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import sqlite3
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,8 @@ _RECENT_EVENTS = 50_000
 _AT_ONCE = 500
 _TABLES = """
 CREATE TABLE events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE,
-    user_id TEXT NOT NULL, item_id TEXT NOT NULL, event TEXT NOT NULL,
-    timestamp REAL NOT NULL, value REAL);
+    number INTEGER PRIMARY KEY, event_id TEXT NOT NULL UNIQUE, user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL, event TEXT NOT NULL, timestamp REAL NOT NULL, value REAL);
 CREATE INDEX events_of_users ON events (user_id);
 CREATE TABLE forgotten (user_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE items (
@@ -43,8 +42,9 @@ CREATE TABLE items (
 CREATE TABLE vectors (
     item_id TEXT, key TEXT, vector BLOB NOT NULL, PRIMARY KEY (item_id, key)) WITHOUT ROWID;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE counts (events INTEGER NOT NULL, users INTEGER NOT NULL, items INTEGER NOT NULL);
-INSERT INTO counts VALUES (0, 0, 0);
+CREATE TABLE counts (
+    last INTEGER NOT NULL, events INTEGER NOT NULL, users INTEGER NOT NULL, items INTEGER NOT NULL);
+INSERT INTO counts VALUES (0, 0, 0, 0);
 """
 
 
@@ -303,29 +303,36 @@ def _number(connection: sqlite3.Connection, pragma: str) -> int:
 
 
 def _insert(connection: sqlite3.Connection, events: Sequence[Event]) -> list[bool]:
-    known = "SELECT EXISTS (SELECT 1 FROM events WHERE user_id = ?)"
     write = (
-        "INSERT INTO events (event_id, user_id, item_id, event, timestamp, value) "
-        "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
+        "INSERT INTO events (number, event_id, user_id, item_id, event, timestamp, value) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
     )
-    strangers = {
-        user_id
-        for user_id in {event.user_id for event in events}
-        if not connection.execute(known, (user_id,)).fetchone()[0]
-    }
+    strangers = _without_events(connection, {event.user_id for event in events})
+    last = _value(connection, "SELECT last FROM counts")  # the greatest number may be forgotten
     new = []
     for e in events:
-        row = (e.event_id, e.user_id, e.item_id, e.event, e.timestamp, e.value)
+        row = (last + 1, e.event_id, e.user_id, e.item_id, e.event, e.timestamp, e.value)
         new.append(connection.execute(write, row).rowcount == 1)
+        last += new[-1]
     came = strangers & {e.user_id for e, is_new in zip(events, new, strict=True) if is_new}
-    _count(connection, events=sum(new), users=len(came))
+    if any(new):
+        update = "UPDATE counts SET last = ?, events = events + ?, users = users + ?"
+        connection.execute(update, (last, sum(new), len(came)))
     return new
+
+
+def _without_events(connection: sqlite3.Connection, user_ids: Set[str]) -> set[str]:
+    query = "SELECT EXISTS (SELECT 1 FROM events WHERE user_id = ?)"
+    return {
+        user_id for user_id in user_ids if connection.execute(query, (user_id,)).fetchone() == (0,)
+    }
 
 
 def _forget(connection: sqlite3.Connection, user_id: str) -> int:
     found = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
     connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (user_id,))
-    _count(connection, events=-found, users=-1 if found else 0)
+    update = "UPDATE counts SET events = events - ?, users = users - ?"
+    connection.execute(update, (found, int(found > 0)))
     return found
 
 
@@ -339,10 +346,4 @@ def _put_items(connection: sqlite3.Connection, items: Sequence[Item]) -> None:
         row = (change, item.item_id, item.title, item.text, cells, item.created, item.deleted)
         connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         connection.execute("DELETE FROM vectors WHERE item_id = ?", (item.item_id,))
-    _count(connection, items=more)
-
-
-def _count(connection: sqlite3.Connection, events: int = 0, users: int = 0, items: int = 0) -> None:
-    if events or users or items:
-        query = "UPDATE counts SET events = events + ?, users = users + ?, items = items + ?"
-        connection.execute(query, (events, users, items))
+    connection.execute("UPDATE counts SET items = items + ?", (more,))

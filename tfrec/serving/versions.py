@@ -26,6 +26,7 @@ from tfrec.serving.state import Item, State
 POLICY = "policy.toml"
 """In a bundle, beside its versions: the steps of serving, where they are not the defaults."""
 
+MakeEngine = Callable[[Bundle, Any], Any]
 _log = logging.getLogger("tfrec.serving")
 
 _NOT_SERVED = ("tf-serving/", "golden/", "examples/")
@@ -132,14 +133,14 @@ def read_steps(bundle: Path, attributes: Mapping[str, object]) -> StepsConfig:
     return steps
 
 
-def load(bundle: Path, number: int, threads: int, engine: Callable[[Any], Any]) -> Version:
+def load(bundle: Path, number: int, threads: int, engine: MakeEngine) -> Version:
     """Reads a version, checks what serving reads of it, and makes it ready to change.
 
     Args:
       bundle: The folder.
       number: Of the version.
       threads: That compute.
-      engine: What makes another engine of the version's own.
+      engine: What makes the engine of a version, of LiteRT's.
 
     Raises:
       ArtifactError: it is damaged.
@@ -147,8 +148,8 @@ def load(bundle: Path, number: int, threads: int, engine: Callable[[Any], Any]) 
     """
     found = Bundle.load(bundle, number, check=False)
     found.artifact.check(without=_NOT_SERVED)
-    chain = LiveRecommender.of(recommender_of(found, threads))
-    chain.engine = engine(chain.engine)
+    chain = LiveRecommender.of(recommender_of(found, threads, small=1))
+    chain.engine = engine(found, chain.engine)
     steps = read_steps(bundle, chain.catalog.attributes)
     learned = chain.policy
     finds = 1 + (chain.linear is not None and learned.uses("linear"))

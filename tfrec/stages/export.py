@@ -32,7 +32,7 @@ def run(
       folder: The run's folder.
       out: The bundle's folder; made if it is not there.
       users: Whether the known users and their histories are part of it.
-      int8: Whether the text encoder's weights, the vectors and the linear model are int8; else
+      int8: Whether the weights of text encoder and ranker, vectors and linear model are int8; else
         float32.
       saved_models: Whether SavedModels for TensorFlow Serving are part of it.
       keep: How many versions are kept, this one counted.

@@ -22,8 +22,8 @@ FLOORS = {
 """What float models must keep: the least cosine, the most that a prediction moves in spreads of
 that prediction, the share of common items in lists of ten."""
 
-INT8 = {"cosine_min": 0.99}
-"""The same of a text encoder with int8 weights."""
+INT8 = {"cosine_min": 0.99, "max_difference": 0.2}
+"""The same of a text encoder and of a ranker with int8 weights."""
 
 INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1}
 """The same of float models that read int8 vectors, where the trained ones read float32."""
@@ -174,8 +174,9 @@ def _of_saved_model(model: str, found: Bundle) -> Mapping[str, float]:
 
 
 def _judged(part: str, measures: dict[str, float], found: Bundle) -> Iterator[Finding]:
-    kind = "int8" if part == "text" and found.content["text_int8"] else "float32"
-    bounds = {**FLOORS, **INT8} if kind == "int8" else FLOORS if part == "text" else _bounds(found)
+    kind = "int8" if found.content.get(f"{part}_int8") else "float32"
+    bounds = FLOORS if part == "text" else _bounds(found)
+    bounds = {**bounds, **INT8} if kind == "int8" else bounds
     name = "the whole chain" if part == "lists" else f"{part}, LiteRT {kind}"
     for measure, value in measures.items():
         yield Finding(name, measure.replace("_", " "), value, bounds.get(measure))

@@ -1,13 +1,13 @@
-"""Engines without TensorFlow in the process: the models of a bundle, run by LiteRT."""
+"""LiteRT: an engine without TensorFlow in the process, the models of a bundle run by LiteRT."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +16,21 @@ from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
+from tfrec.engines.breaker import Status
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.index import Index, load_index, make_index
 from tfrec.index.exact import cores
 from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
 from tfrec.terminal import quiet
 
+Model = Callable[[Mapping[str, NDArray[Any]]], Floats]
+"""Arrays by name -> one array; arrays that it has no input for are left."""
+
 _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
-_QUERIES = 256
-_CELLS = 1 << 20  # numbers that the ranker is given of a batch's candidates at a time
+_QUERIES = 8
+_CELLS = 1 << 14  # numbers of candidates' vectors that the ranker is given at a time
+"""A batch is cut so small that what its layers give each other stays in the processor's cache."""
 
 
 class LiteRTModel:
@@ -130,42 +135,42 @@ class TextModel:
         return np.asarray(vector, np.float32)
 
 
-class LiteRTEngine:
-    """The models of a bundle, as :class:`tfrec.recommender.Engine` wants them.
+class Models(NamedTuple):
+    """What an engine runs.
 
-    Args:
-      folder: Holds ``query.tflite``, and ``text/``, ``candidate.tflite`` and ``rank.tflite`` where
-        there are such models.
-      history: Places of a row that the query tower reads.
-      tasks: What the ranker predicts, in its order; empty: there is none.
-      threads: See :class:`LiteRTModel`.
-
-    Raises:
-      ArtifactError: a model is missing or damaged.
-      SetupError: LiteRT is not installed.
+    Attributes:
+      query: The inputs of :func:`~tfrec.data.sequences.query_inputs` -> float32 (b, d).
+      candidate: ``text`` and ``attributes`` of new items -> float32 (n, d); None: it knows none.
+      rank: The inputs of :meth:`tfrec.recommender.Engine.rank` -> float32 (b, c, tasks); None:
+        there is no ranker.
+      text: Reads texts; None: the model reads none.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        history: int,
-        tasks: Sequence[str] = (),
-        threads: int = 0,
-    ) -> None:
-        source = Path(folder)
-        self.history, self.tasks = history, tuple(tasks)
+    query: Model
+    candidate: Model | None
+    rank: Model | None
+    text: TextModel | None
 
-        def model(name: str) -> LiteRTModel | None:
-            path = source / f"{name}.tflite"
-            return LiteRTModel(path, threads) if path.is_file() else None
 
-        query = model("query")
-        if query is None:
-            raise ArtifactError(f"{source} has no query.tflite; export the model again")
-        self._query, self._candidate, self._rank = query, model("candidate"), model("rank")
-        if self.tasks and self._rank is None:
-            raise ArtifactError(f"{source} has no rank.tflite; export the model again")
-        self.text = TextModel(source / "text", threads) if (source / "text").is_dir() else None
+class ModelsEngine:
+    """Models of arrays, as :class:`tfrec.recommender.Engine` wants them, whatever runs them.
+
+    Args:
+      models: The models.
+      history: Places of a row that the query tower reads.
+      tasks: What the ranker predicts, in its order; empty: there is none.
+    """
+
+    def __init__(self, models: Models, history: int, tasks: Sequence[str] = ()) -> None:
+        self.models, self.history, self.tasks = models, history, tuple(tasks)
+
+    def check(self) -> str:
+        """One line on whether the server is there that runs them; empty: they need none."""
+        return ""
+
+    def status(self) -> Status:
+        """How that server does; ``ok`` without a call where they need none."""
+        return Status()
 
     def encode_text(self, texts: Sequence[str], query: bool = False) -> Floats:
         """See :class:`tfrec.recommender.Engine`.
@@ -200,9 +205,9 @@ class LiteRTEngine:
         """
         if rows.any():
             raise InputError("a bundle encodes new items alone: those it knows have their vectors")
-        if self._candidate is None:
+        if self.models.candidate is None:
             raise InputError("this model reads neither texts nor attributes: it knows no new items")
-        return self._candidate({"text": text, "attributes": attributes})
+        return self.models.candidate({"text": text, "attributes": attributes})
 
     def encode_query(
         self,
@@ -220,34 +225,75 @@ class LiteRTEngine:
             arrays = query_inputs(
                 histories.take(rows), self.history, vectors, profile[rows], attributes[rows], times
             )
-            found.append(self._query(arrays))
+            found.append(self.models.query(arrays))
         return np.concatenate(found)
 
     def rank(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
         """See :class:`tfrec.recommender.Engine`."""
-        if self._rank is None:
+        rank = self.models.rank
+        if rank is None:
             return {}
         users, candidates, width = inputs["candidates"].shape
         size = max(1, _CELLS // max(candidates * width, 1))
         found = [
-            self._rank({name: values[i : i + size] for name, values in inputs.items()})
+            rank({name: values[i : i + size] for name, values in inputs.items()})
             for i in range(0, users, size)
         ]
         told = np.concatenate([*found, np.zeros((0, candidates, len(self.tasks)), np.float32)])
         return {task: told[:, :, place] for place, task in enumerate(self.tasks)}
 
     def _text_model(self) -> TextModel:
-        if self.text is None:
+        if self.models.text is None:
             raise InputError("this model reads no texts, so words cannot be looked for")
-        return self.text
+        return self.models.text
 
 
-def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
+class LiteRTEngine(ModelsEngine):
+    """The models of a bundle, run by LiteRT.
+
+    Args:
+      folder: Holds ``query.tflite``, and ``text/``, ``candidate.tflite`` and ``rank.tflite`` where
+        there are such models.
+      history: Places of a row that the query tower reads.
+      tasks: What the ranker predicts, in its order; empty: there is none.
+      threads: See :class:`LiteRTModel`.
+      small: The same for the towers and the ranker.
+
+    Raises:
+      ArtifactError: a model is missing or damaged.
+      SetupError: LiteRT is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        history: int,
+        tasks: Sequence[str] = (),
+        threads: int = 0,
+        small: int = 0,
+    ) -> None:
+        source = Path(folder)
+
+        def model(name: str) -> LiteRTModel | None:
+            path = source / f"{name}.tflite"
+            return LiteRTModel(path, small) if path.is_file() else None
+
+        query, candidate, rank = model("query"), model("candidate"), model("rank")
+        if query is None:
+            raise ArtifactError(f"{source} has no query.tflite; export the model again")
+        if tasks and rank is None:
+            raise ArtifactError(f"{source} has no rank.tflite; export the model again")
+        text = TextModel(source / "text", threads) if (source / "text").is_dir() else None
+        super().__init__(Models(query, candidate, rank, text), history, tasks)
+
+
+def recommender_of(bundle: Bundle, threads: int = 0, small: int = 0) -> Recommender:
     """The recommender of a bundle, by LiteRT.
 
     Args:
       bundle: As :meth:`tfrec.bundle.Bundle.load` gives it.
       threads: See :class:`LiteRTModel`.
+      small: See :class:`LiteRTEngine`.
 
     Raises:
       ArtifactError: a file is missing or is not what it should be.
@@ -256,7 +302,7 @@ def recommender_of(bundle: Bundle, threads: int = 0) -> Recommender:
     folder, told = bundle.folder, bundle.content
     dataset = Dataset.read(folder / "catalog")
     policy = Policy.parse(told["policy"])
-    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads)
+    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads, small)
     arrays = folder / "arrays"
     vectors, text, profile, popularity = (
         load_rows(arrays / f"{name}.npy") for name in ("vectors", "text", "profile", "popularity")
@@ -300,5 +346,5 @@ def _index(folder: Path, vectors: Floats) -> Index:
     """The index that was tuned for the vectors, or an exact one."""
     with contextlib.suppress(SetupError):  # there is no ScaNN for this machine
         if folder.is_dir():
-            return load_index(folder)
+            return load_index(folder, mapped=True)
     return make_index(vectors[1:], np.arange(1, len(vectors), dtype=np.int32), "exact")

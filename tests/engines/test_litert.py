@@ -28,7 +28,7 @@ from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import tune_text
 
 SOME = ["the film", "A story of war, love (1999).", "", "space ship space ship", "日本", "the film"]
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = [
     f"{a} {b} ({n})" for n, a in enumerate(SOME) for b in ("war", "of the ship", "caf\u00e9" * 9)
 ]
