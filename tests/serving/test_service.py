@@ -295,7 +295,7 @@ class TestVersions:
         self, bundle, tmp_path, monkeypatch
     ):
         with serving(bundle, tmp_path / "state") as service:
-            monkeypatch.setattr(versions, "recommender_of", lambda *_: 1 / 0)
+            monkeypatch.setattr(versions, "recommender_of", lambda *_, **__: 1 / 0)
             with pytest.raises(ArtifactError, match="version 1 cannot be used: ZeroDivisionError"):
                 service.activate("1")
             assert service.versions.failed.keys() == {"1"}

@@ -734,6 +734,6 @@ def _allowed(request: Request) -> str:
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             if route.path.endswith("/similar"):
-                return "GET"
+                return "GET, HEAD"
             methods |= route.methods or set()
     return ", ".join(sorted(methods))
