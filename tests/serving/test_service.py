@@ -319,6 +319,21 @@ class TestVersions:
         service.look_around()
         assert service.versions.shares == (("1", 0.5), ("2", 0.5))
 
+    def test_what_another_activated_and_is_damaged_here_is_tried_once(
+        self, own_bundle, tmp_path, monkeypatch
+    ):
+        with serving(own_bundle, tmp_path / "state") as service:
+            for file in (own_bundle / "versions" / "1").rglob("*.tflite"):
+                file.write_bytes(b"")
+            service.state.set("active", '[["1", 1.0]]')
+            with pytest.raises(ArtifactError):
+                service.look_around()
+            monkeypatch.setattr(service.versions, "_make", lambda number: 1 / 0)
+            service.state.put_items([Item("other", "the war", created=1.0)])
+            service.look_around()  # which does not stand in the way of what else is new
+            assert service.versions.shares == (("2", 1.0),)
+            assert "other" in ids(ask(service, {}, k=100)[0])
+
 
 class TestCatchingUp:
     def test_a_write_that_fails_halfway_is_made_good_by_the_next(self, service, monkeypatch):

@@ -119,6 +119,7 @@ class Service:
         self._activating = threading.Lock()
         self._seen = 0  # the newest version that was there when we last looked
         self._tried: set[int] = set()
+        self._refused: tuple[tuple[str, float], ...] = ()  # what another activated and we cannot
         self._models = threading.Thread(target=self._work, name="models", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._stop = threading.Event()
@@ -390,9 +391,12 @@ class Service:
             self._seen = newest
         with self._activating:  # else what is being activated here looks like another's change
             told = [(str(name), float(share)) for name, share in self.versions.wanted()]
-            if self.state.get("active") and tuple(told) != self.versions.shares:
+            known = (self.versions.shares, self._refused)
+            if self.state.get("active") and tuple(told) not in known:
+                self._refused = tuple(told)  # unless it goes well: once is enough to try
                 ready = {name: self.versions.load(name) for name, _ in told}
                 self.call(lambda: self.versions.use(told, ready)).result()
+                self._refused = ()
         self.call(self._catch_up).result()
 
 
