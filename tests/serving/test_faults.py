@@ -488,6 +488,23 @@ class TestRedis:
                 kept = history(server.url, one.user)
                 assert kept in (one.sent, one.acknowledged)
 
+    def test_one_that_hangs_keeps_nobody_waiting_past_the_deadline(self, redis, bundle, tmp_path):
+        with running(bundle, redis.url, tmp_path, "deadline=0.5") as server:
+            sent = event("patient")
+            redis.signal(signal.SIGSTOP)
+            try:
+                for path, body in (("events", sent), ("recommend", {"user_id": "patient"})):
+                    begun = time.monotonic()
+                    assert post(server.url, path, body).status_code in (503, 504)
+                    assert time.monotonic() - begun < 5
+                assert httpx.get(f"{server.url}/readyz", timeout=30).status_code in (503, 504)
+                assert httpx.get(f"{server.url}/healthz").status_code == 200
+            finally:
+                redis.signal(signal.SIGCONT)
+            eventually(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+            post(server.url, "events", sent).raise_for_status()
+            assert history(server.url, "patient") == [sent["event_id"]]
+
     def test_two_servers_see_what_the_other_was_told(self, redis, bundle, tmp_path):
         with (
             running(bundle, redis.url, tmp_path, "watch=0.2") as one,

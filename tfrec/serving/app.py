@@ -232,7 +232,8 @@ class App:
         now = time.time()
         events = [self._event(told, now) for told in found]
         _stages(request).user_id = events[0].user_id if events else ""
-        new = await self._blocking(lambda: self.service.append(events))
+        async with asyncio.timeout(self.settings.deadline):  # sent again, they are the same events
+            new = await self._blocking(lambda: self.service.append(events))
         self.telemetry.events(e.event for e, is_new in zip(events, new, strict=True) if is_new)
         accepted = sum(new)
         return self._told(request, {"accepted": accepted, "known": len(new) - accepted})
@@ -443,7 +444,9 @@ class App:
 
     async def readyz(self, request: Request) -> Response:
         """Whether it can answer."""
-        if not await self._blocking(lambda: self.service.ready):
+        async with asyncio.timeout(self.settings.deadline):
+            ready = await self._blocking(lambda: self.service.ready)
+        if not ready:
             raise RefusedError("unavailable", "not ready to answer")
         return self._told(request, {"status": "ready"})
 
