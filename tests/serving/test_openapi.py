@@ -84,5 +84,5 @@ def test_the_description_tells_this_servers_limits(server):
 def test_a_path_tells_all_methods_that_it_has(server):
     answer = httpx.patch(f"{server.url}/v1/items/i1")
     assert answer.status_code == 405
-    assert answer.headers["allow"] == "DELETE, GET, PUT"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PUT"
     assert httpx.put(f"{server.url}/v1/items/i1/similar", json={"title": "x"}).status_code == 405

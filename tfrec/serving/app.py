@@ -417,6 +417,7 @@ class App:
                 "languages": ["en", "zh"],
                 "text": bool(chain.text.shape[1]),
                 "writable": True,
+                "diversity": self.service.versions.of("").steps.diversity,
             }
 
         return self._told(request, await self._model(work))
