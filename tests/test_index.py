@@ -24,6 +24,7 @@ from tfrec.index import (
     shards,
     top_k,
 )
+from tfrec.index.among import Among
 
 try:
     import scann  # noqa: F401
@@ -690,3 +691,54 @@ def test_a_change_stays_while_another_thread_searches(tmp_path, monkeypatch):
     index.add(vectors[:1] * 9, np.array([1000], np.int32))
     searching.join()
     assert 1000 in index.ids
+
+
+class TestAmong:
+    """Some items of an index answer as an index of these items alone."""
+
+    @given(st.integers(0, 2**32 - 1))
+    def test_it_finds_what_an_index_of_those_items_finds(self, seed):
+        rng = np.random.default_rng(seed)
+        n, k = int(rng.integers(1, 40)), int(rng.integers(1, 50))
+        vectors = rng.integers(-2, 3, (n, 3)).astype(np.float32)
+        queries = rng.integers(-2, 3, (4, 3)).astype(np.float32)
+        held = (rng.permutation(100)[:n] + 1).astype(np.int32)
+        some = (rng.permutation(120)[: int(rng.integers(0, 60))] + 1).astype(np.int32)
+        exclude = [rng.integers(0, 120, rng.integers(0, 30)).astype(np.int32) for _ in queries]
+        found = Among(ExactIndex.build(vectors, held), some).search(queries, k, Ragged.of(exclude))
+        both = np.isin(held, some)
+        expected = _by_definition(queries, vectors[both], held[both], k, exclude)
+        assert [[int(i) for i in row if i] for row in found.ids] == expected
+        assert found.ids.shape == found.scores.shape == (4, k)
+        assert ((found.ids == 0) == np.isneginf(found.scores)).all()
+
+    def test_its_ids_are_those_that_the_index_holds_in_order(self):
+        index = ExactIndex.build(_vectors(5), np.int32([9, 2, 7, 4, 30]))
+        assert Among(index, np.int32([7, 1, 31, 30, 2])).ids.tolist() == [2, 7, 30]
+        assert Among(index, np.int32([])).ids.tolist() == []
+
+    def test_it_can_be_narrowed_further(self):
+        index = ExactIndex.build(_vectors(20), _ids(20))
+        some = Among(index, np.arange(1, 11, dtype=np.int32))
+        found = some.search(_vectors(1, seed=1), 20, allow=np.int32([3, 5, 15]))
+        assert sorted(found.ids[0].tolist())[-2:] == [3, 5]
+        assert np.count_nonzero(found.ids) == 2
+        assert not some.search(_vectors(1, seed=1), 3, allow=np.int32([15])).ids.any()
+
+    def test_nothing_among_nothing(self):
+        index = ExactIndex.build(_vectors(20), _ids(20))
+        found = Among(index, np.int32([21])).search(_vectors(3, seed=1), 4)
+        assert found.ids.shape == (3, 4)
+        assert not found.ids.any()
+        assert np.isneginf(found.scores).all()
+        assert Among(index, np.int32([])).search(_vectors(1)[0], 4).ids.shape == (1, 4)
+
+    def test_it_cannot_be_changed_or_saved(self, tmp_path):
+        some = Among(ExactIndex.build(_vectors(3), _ids(3)), np.int32([1]))
+        for change in (some.add, some.update, some.upsert):
+            with pytest.raises(InputError, match="cannot be changed"):
+                change(_vectors(1), np.int32([1]))
+        with pytest.raises(InputError, match="cannot be changed"):
+            some.remove(np.int32([1]))
+        with pytest.raises(InputError, match="cannot be saved"):
+            some.save(tmp_path / "index")

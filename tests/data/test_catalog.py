@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tfrec.data.catalog import Catalog, FeatureSchema, Users
+from tfrec.data.catalog import Catalog, FeatureSchema, Growing, LiveCatalog, Users
 from tfrec.errors import InputError
 
 SCHEMA = FeatureSchema({"genre": ("Action", "Comedy", "War")}, {"year": (2000.0, 10.0)})
@@ -77,3 +77,133 @@ def test_columns_have_one_cell_for_each_row():
 def test_rows_of_users_begin_at_zero():
     users = Users(ids=("u", "v"), titles=("u", "v"), texts=("", ""))
     assert [users.row(i) for i in ("u", "v", "w")] == [0, 1, -1]
+
+
+def genres(*cells):
+    return catalog(tuple(f"i{n}" for n in range(1, len(cells) + 1)), genre=cells)
+
+
+def test_items_are_found_by_any_of_the_values_they_have():
+    made = genres("War|Action", "Comedy", "", "Action", "War|War")
+    assert made.having("genre", ["War"]).tolist() == [1, 5]
+    assert made.having("genre", ["Action", "Comedy", "nowhere", "Action"]).tolist() == [1, 2, 4]
+    assert made.having("genre", []).tolist() == []
+    assert made.having("genre", [""]).tolist() == []
+    assert made.having("genre", ["War"]).dtype == np.int32
+    with pytest.raises(InputError, match="no attribute 'nope' to filter by; they have: genre"):
+        made.having("nope", ["War"])
+
+
+def test_values_come_by_how_many_items_have_them_then_by_name():
+    made = genres("War|Action", "Comedy", "Comedy|Action", "Action|Action")
+    assert made.values("genre") == ["Action", "Comedy", "War"]
+    assert genres("b", "a").values("genre") == ["a", "b"]
+    with pytest.raises(InputError, match="nope"):
+        made.values("nope")
+
+
+def test_cells_are_split_and_empty_ones_left_out():
+    made = catalog(("a", "b"), genre=("War|Action", ""), year=("1990", "2000"))
+    assert made.cells(1) == {"genre": ["War", "Action"], "year": ["1990"]}
+    assert made.cells(2) == {"year": ["2000"]}
+    assert made.cells(0) == {}
+
+
+class TestGrowing:
+    def test_rows_are_added_and_replaced_and_what_was_given_is_not_touched(self):
+        given = np.arange(6, dtype=np.float32).reshape(3, 2)
+        kept = given.copy()
+        grown = Growing(given)
+        grown.put(1, np.float32([9, 9]))
+        grown.put(3, np.float32([7, 8]))
+        assert grown.array.tolist() == [[0, 1], [9, 9], [4, 5], [7, 8]]
+        np.testing.assert_array_equal(given, kept)
+
+    @pytest.mark.parametrize("shape", [(0, 3), (5, 3), (1,), (4, 0)])
+    def test_it_grows_past_any_room_that_was_reserved(self, shape):
+        rng = np.random.default_rng(0)
+        expected = rng.normal(size=shape).astype(np.float32)
+        grown = Growing(expected)
+        for _ in range(500):
+            row = rng.normal(size=shape[1:]).astype(np.float32)
+            grown.put(len(expected), row)
+            expected = np.concatenate([expected, row[None]])
+        np.testing.assert_array_equal(grown.array, expected)
+        assert grown.array.dtype == np.float32
+
+    def test_rows_are_copied_seldom(self):
+        grown = Growing(np.zeros((100, 2), np.float32))
+        rooms = set()
+        for row in range(100, 2000):
+            grown.put(row, np.zeros(2, np.float32))
+            rooms.add(grown.array.base.__array_interface__["data"][0])
+        assert len(rooms) < 10
+
+
+class TestLiveCatalog:
+    def test_it_begins_as_its_base_and_does_not_change_it(self):
+        base = catalog()
+        live = LiveCatalog(base)
+        live.put("c", "Title c", "Text c", {"genre": "Comedy", "year": "2010"})
+        live.put("a", "Other", "Words", {})
+        assert base.ids == ("", "a", "b")
+        assert base.titles[1] == "Title a"
+        assert base.cells(1) == {"genre": ["War", "Action"], "year": ["1990"]}
+        np.testing.assert_array_equal(base.features, catalog().features)
+
+    def test_what_was_put_is_as_in_a_catalog_that_was_built_with_it(self):
+        live = LiveCatalog(catalog())
+        assert live.put("c", "Title c", "Text c", {"genre": "Comedy|War", "year": "2010"}) == 3
+        built = catalog(("a", "b", "c"), genre=("War|Action", "Opera", "Comedy|War"),
+                        year=("1990", "", "2010"))  # fmt: skip
+        assert tuple(live.ids) == built.ids
+        assert tuple(live.titles) == built.titles
+        assert tuple(live.texts) == built.texts
+        assert live.digest() == built.digest()
+        np.testing.assert_array_equal(live.features, built.features)
+        for row in range(4):
+            assert live.cells(row) == built.cells(row)
+        assert live.values("genre") == built.values("genre")
+        assert live.num_items == len(live) - 1 == 3
+
+    @pytest.mark.parametrize("looked_before", [False, True])
+    def test_putting_again_keeps_the_row_and_moves_the_item_to_its_new_values(self, looked_before):
+        live = LiveCatalog(catalog())
+        if looked_before:
+            assert live.having("genre", ["War"]).tolist() == [1]
+        assert live.put("a", "New", "Words", {"genre": "Comedy|Comedy"}) == 1
+        assert live.row("a") == 1
+        assert live.having("genre", ["War", "Action"]).tolist() == []
+        assert live.having("genre", ["Comedy"]).tolist() == [1]
+        assert live.values("genre") == ["Comedy", "Opera"]
+        assert live.features[1].tolist() == [0, 1, 0, 0]
+        assert (live.titles[1], live.texts[1]) == ("New", "Words")
+
+    def test_rows_of_a_value_stay_in_order_whoever_comes_and_goes(self):
+        live = LiveCatalog(catalog())
+        live.values("genre")
+        for genre in ("War", "Comedy", "War"):
+            live.put("a", "A", "", {"genre": genre})
+            live.put("b", "B", "", {"genre": "War"})
+        live.put("c", "C", "", {"genre": "War"})
+        assert live.having("genre", ["War"]).tolist() == [1, 2, 3]
+
+    def test_columns_that_it_does_not_have_are_left_out(self):
+        live = LiveCatalog(catalog())
+        row = live.put("c", "C", "", {"colour": "red"})
+        assert live.cells(row) == {}
+        assert set(live.attributes) == {"genre", "year"}
+
+    @pytest.mark.parametrize(
+        ("item_id", "attributes", "says"),
+        [("", {}, "id is empty"), ("c", {"year": "soon"}, "'year' holds 'soon'")],
+    )
+    def test_what_is_wrong_changes_nothing(self, item_id, attributes, says):
+        live = LiveCatalog(catalog())
+        with pytest.raises(InputError, match=says):
+            live.put(item_id, "C", "", attributes)
+        with pytest.raises(InputError, match=says):
+            live.put(item_id and "a", "C", "", attributes)
+        assert len(live) == len(live.features) == 3
+        assert live.digest() == catalog().digest()
+        assert live.cells(1) == {"genre": ["War", "Action"], "year": ["1990"]}

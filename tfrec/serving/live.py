@@ -63,8 +63,10 @@ class LiveRecommender(Recommender):
         """What the BERT reads of an item: its text, else what `prepare` makes of the columns."""
         if item.text.strip():
             return item.text
-        columns = [[item.title], *([item.attributes.get(c, "")] for c in self.catalog.attributes)]
-        return joined_texts(columns, self.catalog.schema.separator)[0]
+        schema = self.catalog.schema
+        words = (name for name in self.catalog.attributes if name not in schema.numeric)
+        columns = [[item.title], *([item.attributes.get(name, "")] for name in words)]
+        return joined_texts(columns, schema.separator)[0]
 
     def put(
         self, items: Sequence[Item], vectors: Mapping[str, bytes] | None = None
