@@ -401,7 +401,6 @@ class App:
         except TfrecError:
             message = f"version {name} cannot be loaded, and what was served goes on; see the log"
             raise RefusedError("conflict", message) from None
-        self.telemetry.versions(dict(self.service.versions.shares))
         return await self.models(request)
 
     async def catalog(self, request: Request) -> Response:
@@ -450,7 +449,6 @@ class App:
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus reads."""
-        self.telemetry.versions(dict(self.service.versions.shares))  # others may have changed them
         return Response(self.telemetry.render(), media_type=CONTENT_TYPE)
 
     # --- how all of them work --------------------------------------------------------------------
