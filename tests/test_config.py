@@ -74,7 +74,8 @@ def another_value(path: str, field: FieldInfo) -> Any:
         (inner,) = get_args(annotation)
         return [get_args(inner)[-1] if get_origin(inner) is Literal else inner(3)]
     if get_origin(annotation) is dict:
-        return {"name": get_args(annotation)[1](2)}
+        inner = get_args(annotation)[1]
+        return {"name": ["value"] if get_origin(inner) is list else inner(2)}
     if isinstance(default, bool):
         return not default
     if isinstance(default, int):

@@ -671,6 +671,10 @@ class ServeConfig(Section):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8080, ge=0, le=65535, description="0: any that is free")
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="further names under which it is asked, e.g. by a proxy on this machine",
+    )
     state: str = Field(
         "", description="a folder (SQLite) or redis://HOST:PORT/DB; empty: BUNDLE.state"
     )

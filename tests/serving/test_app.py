@@ -249,3 +249,16 @@ class TestTheServerItself:
     def test_the_description_names_every_path(self, api):
         described = api.get("/openapi.json").json()
         assert {"/v1/recommend", "/v1/events", "/v1/items/{item_id}"} <= set(described["paths"])
+
+    def test_another_catalog_is_counted_anew(self, own_server):
+        def figures():
+            return httpx.get(f"{own_server.url}/v1/stats", timeout=20).json()["served"]
+
+        httpx.post(f"{own_server.url}/v1/recommend", json={}, timeout=20).raise_for_status()
+        assert figures()["lists"] == 1
+        activated = httpx.post(f"{own_server.url}/v1/models/1:activate", timeout=60)
+        assert activated.status_code == 200
+        assert figures()["lists"] == 0
+        metrics = httpx.get(f"{own_server.url}/metrics", timeout=20).text
+        assert 'tfrec_version_share{version="1"} 1.0' in metrics
+        assert 'tfrec_version_share{version="2"}' not in metrics

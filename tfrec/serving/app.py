@@ -402,7 +402,6 @@ class App:
         except TfrecError:
             message = f"version {name} cannot be loaded, and what was served goes on; see the log"
             raise RefusedError("conflict", message) from None
-        self.telemetry.versions(dict(self.service.versions.shares))
         return await self.models(request)
 
     async def catalog(self, request: Request) -> Response:
@@ -418,6 +417,7 @@ class App:
                 "languages": ["en", "zh"],
                 "text": bool(chain.text.shape[1]),
                 "writable": True,
+                "diversity": self.service.versions.of("").steps.diversity,
             }
 
         return self._told(request, await self._model(work))
@@ -452,7 +452,6 @@ class App:
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus reads."""
-        self.telemetry.versions(dict(self.service.versions.shares))  # others may have changed them
         return Response(self.telemetry.render(), media_type=CONTENT_TYPE)
 
     # --- how all of them work --------------------------------------------------------------------

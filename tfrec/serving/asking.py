@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.config import StepsConfig
+from tfrec.data.sequences import RATING_BUCKETS
 from tfrec.index import Ragged, TopK
 from tfrec.recommender import Floats, Met, Policy, Ranked, Recommender, Request, Rows
 from tfrec.serving.live import LiveRecommender
@@ -229,7 +230,7 @@ def _explained(chain: LiveRecommender, best: Ranked, place: int, moved: str) -> 
     near = _nearest(chain, best.history, row)
     found = [name for name, rows in best.sources.items() if (rows == row).any()]
     return {
-        "sentence_key": "because_of" if near else "text" if best.source == "text" else "popular",
+        "sentence_key": "because_of" if near and best.source != "popular" else best.source,
         "because": near,
         "sources": found or [best.source],
         "rank_before": place + 1,
@@ -289,15 +290,19 @@ _PLAIN = StepsConfig(rerank=[])
 
 def _liked(ask: Ask, request: Request, chain: LiveRecommender) -> list[int]:
     """Catalog rows of what was liked last, else met last."""
-    hidden = set(request.hidden)
+    hidden = set(chain.catalog.rows(request.hidden).tolist())
+    middle = (chain.coding.rating_min + chain.coding.rating_max) / 2
     liked = [
-        e.item_id for e in ask.events if e.event in _LIKED and (e.value is None or e.value > 3)
+        chain.catalog.row(e.item_id)
+        for e in ask.events
+        if e.event in _LIKED and (e.event != "rating" or (e.value or 0) > middle)
     ]
-    met = [met.item_id for met in chain.met(request)]
-    if not (liked or met):
-        met = [chain.catalog.ids[row] for row in chain.asked([request])[0].histories.item]
-    rows = [chain.catalog.row(item) for item in liked or met if item not in hidden]
-    return list(dict.fromkeys(row for row in reversed(rows) if row))[:_BECAUSE]
+    if not any(liked):
+        known = chain.asked([request])[0].histories
+        good = (known.rating == 0) | (known.rating > RATING_BUCKETS // 2)
+        liked = known.item[good].tolist()
+    rows = (row for row in reversed(liked) if row and row not in hidden)
+    return list(dict.fromkeys(rows))[:_BECAUSE]
 
 
 def _unfamiliar(best: Ranked, chain: LiveRecommender, shown: set[int], k: int) -> Ranked:

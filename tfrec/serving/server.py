@@ -28,6 +28,7 @@ from tfrec.serving.app import create_app
 from tfrec.serving.connections import Connection
 from tfrec.serving.exposures import ExposureLog
 from tfrec.serving.keys import Keys
+from tfrec.serving.live import LiveRecommender
 from tfrec.serving.security import Guard
 from tfrec.serving.served import Served
 from tfrec.serving.service import Service
@@ -158,6 +159,7 @@ def running(bundle: Path, settings: ServeConfig, lines: logs.Lines | None = None
             max_body=settings.max_body,
             max_import=settings.max_import,
             loopback=loopback,
+            hosts=settings.hosts,
         )
         yield Observer(guarded, telemetry)
 
@@ -177,10 +179,20 @@ def _telemetry(
     tracer: Any,
     lines: logs.Lines | None,
 ) -> Telemetry:
-    chain = service.versions.of("").chain
-    telemetry = Telemetry(Served(chain.popularity), salt, tracer, lines)
-    telemetry.served.resized(len(chain.index.ids))
-    telemetry.versions(dict(service.versions.shares))
+    telemetry = Telemetry(None, salt, tracer, lines)
+    counted: list[LiveRecommender] = []
+
+    def changed() -> None:
+        """What is counted by row of a catalog begins anew with another one."""
+        telemetry.versions(dict(service.versions.shares))
+        chain = service.versions.of("").chain
+        if counted[-1:] != [chain]:
+            counted[:] = [chain]
+            telemetry.served = Served(chain.popularity)
+            telemetry.served.resized(len(chain.index.ids))
+
+    changed()
+    service.versions.changed = changed
     telemetry.gauge("tfrec_waiting", "Requests that wait for the models", lambda: service.waiting)
     if service.settings.engine != LITERT:
         _add_engines(telemetry, service)

@@ -182,6 +182,9 @@ class Versions:
       bundle: The folder.
       state: Keeps which versions are active.
       make: Loads a version by its number.
+
+    Attributes:
+      changed: Called when other versions answer, or with other shares.
     """
 
     def __init__(self, bundle: Path, state: State, make: Callable[[int], Version]) -> None:
@@ -189,6 +192,7 @@ class Versions:
         self._served: tuple[tuple[tuple[str, float], ...], dict[str, Version]] = ((), {})
         self.failed: dict[str, str] = {}
         self.loading: set[str] = set()
+        self.changed: Callable[[], None] = lambda: None
 
     @property
     def shares(self) -> tuple[tuple[str, float], ...]:
@@ -270,6 +274,7 @@ class Versions:
         """Serves these shares from now on; versions that have none are let go."""
         known = {**self.loaded, **ready}
         self._served = (tuple(shares), {name: known[name] for name, _ in shares})
+        self.changed()
 
     def told(self) -> list[dict[str, Any]]:
         """What there is, newest first, as the answer of ``/v1/models`` has it."""
