@@ -135,6 +135,7 @@ class Bench:
     def __init__(self, told: argparse.Namespace, bundle: Path) -> None:
         self.told, self.bundle, self.out = told, bundle, Path(told.out)
         self.requests = self.out / "requests"
+        self.small, self.large = (self.out / f"grown-{items}" for items in (SMALL, LARGE))
         self.rows: dict[str, Any] = {}
 
     def count(self, full: int, quick: int) -> int:
@@ -460,7 +461,6 @@ def prepared(told: argparse.Namespace) -> Bench:
     out = Path(told.out)
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(told, Path(told.bundle) if told.bundle else short_bundle(told))
-    bench.small, bench.large = (out / f"grown-{items}" for items in (SMALL, LARGE))
     if {"memory", "growth"} & set(told.rows):
         for items, bundle in ((SMALL, bench.small), (LARGE, bench.large)):
             if not (bundle / "manifest.json").is_file():
