@@ -182,6 +182,18 @@ class TestLimits:
                 service.put_items([Item("x", "x")])
             gate.open()
 
+    def test_who_would_wait_past_the_deadline_is_refused_before_he_does(
+        self, bundle, tmp_path, monkeypatch
+    ):
+        with serving(bundle, tmp_path / "state", deadline=1.0) as service:
+            answers = service._answers
+            monkeypatch.setattr(service, "_answers", lambda v, a: (time.sleep(4), answers(v, a))[1])
+            assert ids(ask(service, {})[0])  # from now on a request is known to take 0.4 s or so
+            gate = Gate(service)
+            gate.open_when(lambda: service.waiting >= 3)
+            kinds = Counter(type(answer).__name__ for answer in ask(service, *[{}] * 6))
+            assert kinds == {"Answer": 3, "BusyError": 3}
+
     def test_who_gave_up_is_not_answered_and_nobody_else_suffers(self, service):
         gate = Gate(service)
 

@@ -28,7 +28,7 @@ _log = logging.getLogger("tfrec.serving")
 
 T = TypeVar("T")
 Span = tuple[str, float, float]
-_BULK = 64
+_LATELY = 0.1
 
 
 class LateError(Exception):
@@ -116,6 +116,7 @@ class Service:
         self._jobs: deque[Job | tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._pace = 0.0  # seconds that a request has taken lately
         self._activating = threading.Lock()
         self._seen = 0  # the newest version that was there when we last looked
         self._tried: set[int] = set()
@@ -205,7 +206,9 @@ class Service:
         with self._wake:
             if self._closing:
                 raise ClosingError
-            if len(self._jobs) >= self.settings.queue:
+            # Better refused at once than answered too late, after others waited for it.
+            wait = len(self._jobs) * self._pace if isinstance(job, Job) else 0.0
+            if len(self._jobs) >= self.settings.queue or wait > self.settings.deadline:
                 raise BusyError
             self._jobs.append(job)
             self._wake.notify()
@@ -259,6 +262,8 @@ class Service:
                     one = Answer(one.lists, one.version, spans)
                 results.append(one)
             _tell([jobs[p] for p in places], results)
+        took = (time.perf_counter() - started) / len(jobs)
+        self._pace += _LATELY * (took - self._pace)
 
     def _answers(self, version: Version, asks: Sequence[Ask]) -> list[Answer | Exception]:
         stages = _Stages()
