@@ -305,6 +305,35 @@ class TestTowers:
         for task, expected in ranker(given).items():
             np.testing.assert_allclose(found[task], expected, atol=1e-5, err_msg=task)
 
+    @pytest.mark.parametrize("users", [1, 2, 7])
+    @pytest.mark.parametrize("candidates", [1, 129])
+    def test_copies_side_by_side_say_what_one_says(self, tmp_path, users, candidates):
+        tf_keras.utils.set_random_seed(3)
+        config = RankingConfig(history=5, hidden=8, experts=2, dropout=0.0)
+        widths = {"attributes_width": 2, "user_attributes_width": 0, "num_scalars": 2}
+        ranker = Ranker(config, embedding_dim=8, tasks=("click", "rating"), **widths)
+        model, arguments = queries(small_config())
+        engine(tmp_path, model)
+        (tmp_path / "rank.tflite").write_bytes(litert.rank_model(ranker))
+        rng = np.random.default_rng(1)
+        shapes = {
+            "query": (users, 8),
+            "history": (users, 5, 8),
+            "history_mask": (users, 5),
+            "candidates": (users, candidates, 8),
+            "attributes": (users, candidates, 2),
+            "scalars": (users, candidates, 2),
+        }
+        given = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+        one = LiteRTEngine(tmp_path, 8, ("click", "rating"), threads=1)
+        several = LiteRTEngine(tmp_path, 8, ("click", "rating"), copies=3)
+        for task, expected in one.rank(given).items():
+            assert expected.shape == (users, candidates)
+            np.testing.assert_allclose(several.rank(given)[task], expected, atol=1e-6)
+        np.testing.assert_allclose(
+            several.encode_query(*arguments), one.encode_query(*arguments), atol=1e-6
+        )
+
 
 class TestAsOneEngine:
     def test_a_trained_run_recommends_the_same(self, tmp_path_factory, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,12 @@ Model = Callable[[Mapping[str, NDArray[Any]]], Floats]
 
 _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
-_QUERIES = 8
+_QUERIES = 4
+_AT_ONCE = 64  # of them, whose inputs are made together
 _CELLS = 1 << 14  # numbers of candidates' vectors that the ranker is given at a time
 """A batch is cut so small that what its layers give each other stays in the processor's cache."""
+_HALVED = 128  # candidates of one user from which on two copies of the ranker share them
+_OF_CANDIDATES = frozenset({"candidates", "attributes", "text", "scalars"})
 
 
 class LiteRTModel:
@@ -83,6 +87,46 @@ class LiteRTModel:
             self._interpreter.invoke()
             out: Floats = self._interpreter.get_tensor(self._out)
         return out
+
+
+class Copies:
+    """A small model several times, so that parts of a batch are computed side by side.
+
+    Splitting what one model computes among threads costs more than it saves where that is little.
+
+    Args:
+      path: The flatbuffer; its weights are in memory once.
+      copies: How many, each with a thread of its own.
+
+    Raises:
+      ArtifactError: the file is damaged.
+      SetupError: LiteRT is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], copies: int) -> None:
+        self.models = [LiteRTModel(path, 1) for _ in range(copies)]
+        self._pool = ThreadPoolExecutor(copies - 1, "model") if copies > 1 else None
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Floats:
+        """See :class:`LiteRTModel`."""
+        return self.models[0](inputs)
+
+    def each(self, parts: Sequence[Mapping[str, NDArray[Any]]]) -> list[Floats]:
+        """The model of each part, in their order."""
+        n = len(self.models)
+        if self._pool is None or len(parts) == 1:
+            return [self(part) for part in parts]
+
+        def share(number: int) -> list[Floats]:
+            return [self.models[number](part) for part in parts[number::n]]
+
+        others = [self._pool.submit(share, number) for number in range(1, min(n, len(parts)))]
+        found = [share(0), *(other.result() for other in others)]
+        return [found[place % n][place // n] for place in range(len(parts))]
+
+
+def _each(model: Model, parts: Sequence[Mapping[str, NDArray[Any]]]) -> list[Floats]:
+    return model.each(parts) if isinstance(model, Copies) else [model(part) for part in parts]
 
 
 class TextModel:
@@ -218,14 +262,20 @@ class ModelsEngine:
         request_time: NDArray[np.int64] | None = None,
     ) -> Floats:
         """See :class:`tfrec.recommender.Engine`."""
-        found = [np.zeros((0, vectors.shape[1]), np.float32)]
-        for start in range(0, len(histories), _QUERIES):
-            rows = np.arange(start, min(start + _QUERIES, len(histories)))
+        if len(histories) == 0:
+            return np.zeros((0, vectors.shape[1]), np.float32)
+        found: list[Floats] = []
+        for start in range(0, len(histories), _QUERIES * _AT_ONCE):
+            rows = np.arange(start, min(start + _QUERIES * _AT_ONCE, len(histories)))
             times = None if request_time is None else request_time[rows]
             arrays = query_inputs(
                 histories.take(rows), self.history, vectors, profile[rows], attributes[rows], times
             )
-            found.append(self.models.query(arrays))
+            parts = [
+                {name: values[i : i + _QUERIES] for name, values in arrays.items()}
+                for i in range(0, len(rows), _QUERIES)
+            ]
+            found += _each(self.models.query, parts)
         return np.concatenate(found)
 
     def rank(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -234,18 +284,34 @@ class ModelsEngine:
         if rank is None:
             return {}
         users, candidates, width = inputs["candidates"].shape
+        if users == 1 and candidates >= _HALVED and isinstance(rank, Copies):
+            told = np.concatenate(rank.each(_halves(inputs, candidates)), axis=1)
+            return {task: told[:, :, place] for place, task in enumerate(self.tasks)}
         size = max(1, _CELLS // max(candidates * width, 1))
-        found = [
-            rank({name: values[i : i + size] for name, values in inputs.items()})
+        parts = [
+            {name: values[i : i + size] for name, values in inputs.items()}
             for i in range(0, users, size)
         ]
-        told = np.concatenate([*found, np.zeros((0, candidates, len(self.tasks)), np.float32)])
+        none = np.zeros((0, candidates, len(self.tasks)), np.float32)
+        told = np.concatenate([*_each(rank, parts), none])
         return {task: told[:, :, place] for place, task in enumerate(self.tasks)}
 
     def _text_model(self) -> TextModel:
         if self.models.text is None:
             raise InputError("this model reads no texts, so words cannot be looked for")
         return self.models.text
+
+
+def _halves(inputs: Mapping[str, Floats], candidates: int) -> list[dict[str, Floats]]:
+    """What the ranker reads of one user, for the first half of the candidates and the second."""
+    middle = candidates // 2
+    return [
+        {
+            name: values[:, part] if name in _OF_CANDIDATES else values
+            for name, values in inputs.items()
+        }
+        for part in (slice(0, middle), slice(middle, None))
+    ]
 
 
 class LiteRTEngine(ModelsEngine):
@@ -257,7 +323,8 @@ class LiteRTEngine(ModelsEngine):
       history: Places of a row that the query tower reads.
       tasks: What the ranker predicts, in its order; empty: there is none.
       threads: See :class:`LiteRTModel`.
-      small: The same for the towers and the ranker.
+      copies: Of the towers and the ranker, with a thread each (:class:`Copies`); 0: one of each,
+        with as many threads as the others.
 
     Raises:
       ArtifactError: a model is missing or damaged.
@@ -270,13 +337,15 @@ class LiteRTEngine(ModelsEngine):
         history: int,
         tasks: Sequence[str] = (),
         threads: int = 0,
-        small: int = 0,
+        copies: int = 0,
     ) -> None:
         source = Path(folder)
 
-        def model(name: str) -> LiteRTModel | None:
+        def model(name: str) -> Model | None:
             path = source / f"{name}.tflite"
-            return LiteRTModel(path, small) if path.is_file() else None
+            if not path.is_file():
+                return None
+            return Copies(path, copies) if copies else LiteRTModel(path, threads)
 
         query, candidate, rank = model("query"), model("candidate"), model("rank")
         if query is None:
@@ -287,13 +356,13 @@ class LiteRTEngine(ModelsEngine):
         super().__init__(Models(query, candidate, rank, text), history, tasks)
 
 
-def recommender_of(bundle: Bundle, threads: int = 0, small: int = 0) -> Recommender:
+def recommender_of(bundle: Bundle, threads: int = 0, copies: int = 0) -> Recommender:
     """The recommender of a bundle, by LiteRT.
 
     Args:
       bundle: As :meth:`tfrec.bundle.Bundle.load` gives it.
       threads: See :class:`LiteRTModel`.
-      small: See :class:`LiteRTEngine`.
+      copies: See :class:`LiteRTEngine`.
 
     Raises:
       ArtifactError: a file is missing or is not what it should be.
@@ -302,7 +371,7 @@ def recommender_of(bundle: Bundle, threads: int = 0, small: int = 0) -> Recommen
     folder, told = bundle.folder, bundle.content
     dataset = Dataset.read(folder / "catalog")
     policy = Policy.parse(told["policy"])
-    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads, small)
+    engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads, copies)
     arrays = folder / "arrays"
     vectors, text, profile, popularity = (
         load_rows(arrays / f"{name}.npy") for name in ("vectors", "text", "profile", "popularity")

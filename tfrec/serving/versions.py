@@ -18,6 +18,7 @@ from tfrec.bundle import VERSIONS, Bundle, versions
 from tfrec.config import Config, StepsConfig
 from tfrec.engines import recommender_of
 from tfrec.errors import ArtifactError, ConfigError, InputError, TfrecError
+from tfrec.index.exact import cores
 from tfrec.serving.asking import Ask, answers, served_policy
 from tfrec.serving.live import LiveRecommender
 from tfrec.serving.schemas import RecommendBody
@@ -148,7 +149,7 @@ def load(bundle: Path, number: int, threads: int, engine: MakeEngine) -> Version
     """
     found = Bundle.load(bundle, number, check=False)
     found.artifact.check(without=_NOT_SERVED)
-    chain = LiveRecommender.of(recommender_of(found, threads, small=1))
+    chain = LiveRecommender.of(recommender_of(found, threads, threads or cores()))
     chain.engine = engine(found, chain.engine)
     steps = read_steps(bundle, chain.catalog.attributes)
     learned = chain.policy
