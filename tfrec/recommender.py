@@ -18,8 +18,9 @@ from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
-from tfrec.index import ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
+from tfrec.index import EXACT_LIMIT, ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
 from tfrec.index.among import Among
+from tfrec.index.store import Precision
 from tfrec.steps import FILTERS, SOURCES, Search
 
 Floats = NDArray[np.float32]
@@ -474,7 +475,9 @@ class Recommender:
         self.policy, self.linear = policy or Policy(), linear
         self.directions = directions
         rows = np.arange(1, len(catalog), dtype=np.int32)
-        self.index = index or make_index(vectors[1:], rows)
+        # A large catalog is searched approximately anyway, and half the memory is worth more there.
+        precision: Precision = "bfloat16" if len(rows) > EXACT_LIMIT else "float32"
+        self.index = index or make_index(vectors[1:], rows, precision=precision)
         if popularity is None:
             counts = np.bincount(interactions.item, minlength=len(catalog))
             popularity = counts.astype(np.float32)

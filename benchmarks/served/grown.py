@@ -115,10 +115,17 @@ def _grown(base: Any, items: int) -> Any:
         base.profile,
         replace(base.policy, score=weights),
         None,
-        make_index(vectors[1:], rows, queries=queries),
+        make_index(vectors[1:], rows, queries=queries, precision=_precision(items)),
         None,
         popularity,
     )
+
+
+def _precision(items: int) -> str:
+    """As the recommender chooses it."""
+    from tfrec.index import EXACT_LIMIT
+
+    return "bfloat16" if items > EXACT_LIMIT else "float32"
 
 
 def _vectors(real: np.ndarray, items: int) -> np.ndarray:
