@@ -703,7 +703,7 @@ class ServeConfig(Section):
     )
     keys: str = Field("", description="file of API keys; empty: keys.json beside the state")
     exposures: bool = Field(True, description="whether what was shown is logged")
-    exposure_rows: int = Field(100_000, ge=1, description="rows of a file of that log")
+    exposure_rows: int = Field(20_000, ge=1, description="rows of a file of that log")
     exposure_seconds: float = Field(300.0, gt=0, description="after which a file is closed")
     log_salt: str = Field("", description="mixed into hashed user ids; empty: drawn once, kept")
 
