@@ -90,7 +90,7 @@ class TestPruned:
         out = tmp_path / "bundle"
         export.run(run / "compress" / "pruned-0.5-int8", out, saved_models=False)
         findings = verify.run(out)
-        assert all(finding.ok for finding in findings)
+        assert [finding for finding in findings if not finding.ok] == []
 
     def test_the_report_tells_what_was_measured(self, pruned):
         tree = tree_of(pruned)
