@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from tfrec.data.attributes import joined_texts
 from tfrec.data.catalog import Growing, LiveCatalog
+from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError
 from tfrec.recommender import Recommender
 from tfrec.serving.state import Item
@@ -38,6 +40,7 @@ class LiveRecommender(Recommender):
         live = cls.__new__(cls)
         live.__dict__.update(base.__dict__)
         live.catalog = LiveCatalog(base.catalog)
+        live.interactions = _slim(base.interactions)
         live._grown = {
             name: Growing(np.asarray(getattr(base, name), np.float32))
             for name in ("vectors", "text", "popularity", "described")
@@ -171,3 +174,10 @@ class LiveRecommender(Recommender):
         vectors = np.stack([found[item.item_id] for item in items])
         vectors[[not text.strip() for text in texts]] = 0
         return vectors, made
+
+
+def _slim(known: Interactions) -> Interactions:
+    """The same events, without what only training reads: weights and splits take no memory."""
+    n = len(known)
+    weight, split = np.broadcast_to(np.float32(1), n), np.broadcast_to(np.int8(0), n)
+    return replace(known, weight=weight, split=split)
