@@ -177,6 +177,7 @@ class TestAgainstTheServer:
         assert now[active] == 1.0
 
     def test_figures_come_as_they_are(self, client):
+        client.recommend(user_id="u1")
         assert client.stats()["latency"]["total"]["count"] > 0
 
     def test_a_refusal_says_why(self, client):
