@@ -122,6 +122,17 @@ def _examples(*pairs: tuple[str, str]) -> str:
     return "examples:\n" + "\n".join(lines) + "\n"
 
 
+def _add_set(verb: argparse._ActionsContainer, example: str) -> None:
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help=f"change one setting, e.g. {example}; may be repeated",
+    )
+
+
 # --- the stages: run, prepare, adapt, evaluate, and tune over them -------------------------------
 
 
@@ -271,14 +282,7 @@ def _add_stage(
     verb.add_argument(
         "config", metavar="CONFIG", help="a preset, a .toml file, or the word `files`"
     )
-    verb.add_argument(
-        "--set",
-        dest="settings",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change one setting, e.g. adapt.epochs=5; may be repeated",
-    )
+    _add_set(verb, "adapt.epochs=5")
     verb.add_argument(
         "--out",
         type=Path,
@@ -461,14 +465,7 @@ def _add_compress(verbs: Verbs) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether the text encoder has int8 weights in the end (yes)",
     )
-    how.add_argument(
-        "--set",
-        dest="settings",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change one setting, e.g. compress.updates=2000; may be repeated",
-    )
+    _add_set(how, "compress.updates=2000")
     how.add_argument("--seed", metavar="N", help="same as --set seed=N")
     budget = verb.add_argument_group("the budget")
     budget.add_argument(
@@ -678,14 +675,7 @@ def _add_serve(verbs: Verbs) -> None:
     verb.add_argument(
         "--engine", metavar="ADDRESS", help="litert, or tf-serving://HOST:PORT (litert)"
     )
-    verb.add_argument(
-        "--set",
-        dest="settings",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change one setting, e.g. serve.exposures=false; may be repeated",
-    )
+    _add_set(verb, "serve.exposures=false")
 
 
 def _serve(arguments: argparse.Namespace) -> int:

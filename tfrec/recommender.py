@@ -733,8 +733,7 @@ class Recommender:
         age = np.arange(policy.history)[::-1]
         weight = mask * (policy.text_decay**age).astype(np.float32)
         mixed = np.matmul(weight[:, None], vectors)[:, 0]
-        length = np.linalg.norm(mixed, axis=1, keepdims=True)
-        return np.asarray(mixed / np.maximum(length, 1e-9), np.float32)
+        return unit(mixed)
 
     def parts(
         self,
@@ -1021,6 +1020,12 @@ class Recommender:
         parts = {"popularity": common * weight, "text": told - common * weight}
         said = np.where(spoken[:, None], best.ids, 0)
         return Found(best.scores, best.ids, parts, {"text": said, "popular": best.ids - said})
+
+
+def unit(vectors: Floats) -> Floats:
+    """float32 (n, d), vectors of length 1; zeros stay zeros."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(length, 1e-9), np.float32)
 
 
 def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:

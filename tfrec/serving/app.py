@@ -114,7 +114,7 @@ class App:
 
         def find(version: Version, wanted: Any, ask: Ask) -> Any:
             row = _known_row(version, item_id)
-            return asking.similar(version.chain, row, k, wanted)
+            return asking.similar(version.chain, row, k, version.chain.asked([wanted]))
 
         return await self._look(request, user, k, find)
 
@@ -123,7 +123,7 @@ class App:
         k, user = self._k(request), _text(request, "user_id", 512) or None
 
         def find(version: Version, wanted: Any, ask: Ask) -> Any:
-            return asking.popular(version.chain, k, wanted)
+            return asking.popular(version.chain, k, version.chain.asked([wanted]))
 
         return await self._look(request, user, k, find)
 

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from tfrec.config import StepsConfig
 from tfrec.data.sequences import RATING_BUCKETS
 from tfrec.index import Ragged, TopK
-from tfrec.recommender import Floats, Met, Policy, Ranked, Recommender, Request, Rows
+from tfrec.recommender import Floats, Met, Policy, Ranked, Recommender, Request, Rows, Who, unit
 from tfrec.serving.live import LiveRecommender
 from tfrec.serving.schemas import Past, RecommendBody, Shelf
 from tfrec.serving.state import Event
 from tfrec.steps import Slate, reranked
+
+Known = tuple[Who, Ragged]
+"""Who asks and what must not come for him, as :meth:`Recommender.asked` gives them for one."""
 
 HIDES = frozenset({"hide", "dislike"})
 """Events after which an item does not come again; another event takes that back."""
@@ -159,13 +162,12 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
         _slate(ask, best, chain, k, steps.diversity if diversity is None else diversity), steps
     )
     places = slate.before[:k].tolist()
-    items = [
-        _item(chain, best, place, score) for place, score in zip(places, slate.scores, strict=False)
-    ]
-    for item, place, chance, by in zip(
-        items, places, slate.propensity.tolist(), slate.moved, strict=False
+    items = []
+    for place, score, chance, by in zip(
+        places, slate.scores, slate.propensity.tolist(), slate.moved, strict=False
     ):
-        item["propensity"] = chance
+        item = {**_item(chain, best, place, score), "propensity": chance}
+        items.append(item)
         if by == "exploration":
             item["source"] = "exploration"
         if ask.body.explain:
@@ -213,7 +215,6 @@ def _item(chain: LiveRecommender, best: Ranked, place: int, score: float) -> dic
         "source": _source(best, row),
         "attributes": chain.catalog.cells(row),
         "parts": {name: round(float(values[place]), 6) for name, values in best.parts.items()},
-        "propensity": 1.0,
     }
 
 
@@ -255,12 +256,6 @@ def _nearest(chain: LiveRecommender, history: Rows, row: int) -> list[dict[str, 
     ]
 
 
-def unit(vectors: Floats) -> Floats:
-    """float32 (n, d), vectors of length 1; zeros stay zeros."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(length, 1e-9), np.float32)
-
-
 # --- shelves, and lists that are no recommendation of the chain ----------------------------------
 
 
@@ -271,9 +266,10 @@ def _shelves(
     if "for_you" in ask.shelves:
         out["for_you"] = listed(ask, best, chain, steps)
     shown = {int(row) for some in out.values() for row in some.rows}
+    known = chain.asked([request])
     if "because" in ask.shelves:
-        for row in _liked(ask, request, chain):
-            near = similar(chain, row, ask.body.k, request, shown)
+        for row in _liked(ask, request, chain, known):
+            near = similar(chain, row, ask.body.k, known, shown)
             if len(near.rows):
                 out[f"because:{chain.catalog.ids[row]}"] = listed(ask, near, chain, _PLAIN)
                 shown |= set(near.rows.tolist())
@@ -281,14 +277,14 @@ def _shelves(
         fresh = _unfamiliar(best, chain, shown, ask.body.k)
         out["new_to_you"] = listed(ask, fresh, chain, _PLAIN)
     if "popular" in ask.shelves:
-        out["popular"] = listed(ask, popular(chain, ask.body.k, request), chain, _PLAIN)
+        out["popular"] = listed(ask, popular(chain, ask.body.k, known), chain, _PLAIN)
     return out
 
 
 _PLAIN = StepsConfig(rerank=[])
 
 
-def _liked(ask: Ask, request: Request, chain: LiveRecommender) -> list[int]:
+def _liked(ask: Ask, request: Request, chain: LiveRecommender, known: Known) -> list[int]:
     """Catalog rows of what was liked last, else met last."""
     hidden = set(chain.catalog.rows(request.hidden).tolist())
     middle = (chain.coding.rating_min + chain.coding.rating_max) / 2
@@ -298,9 +294,9 @@ def _liked(ask: Ask, request: Request, chain: LiveRecommender) -> list[int]:
         if e.event in _LIKED and (e.event != "rating" or (e.value or 0) > middle)
     ]
     if not any(liked):
-        known = chain.asked([request])[0].histories
-        good = (known.rating == 0) | (known.rating > RATING_BUCKETS // 2)
-        liked = known.item[good].tolist()
+        met = known[0].histories
+        good = (met.rating == 0) | (met.rating > RATING_BUCKETS // 2)
+        liked = met.item[good].tolist()
     rows = (row for row in reversed(liked) if row and row not in hidden)
     return list(dict.fromkeys(rows))[:_BECAUSE]
 
@@ -320,17 +316,11 @@ def _taken(best: Ranked, places: NDArray[np.integer]) -> Ranked:
     return replace(best, rows=best.rows[places], scores=best.scores[places], parts=parts)
 
 
-def _left_out(chain: LiveRecommender, request: Request) -> tuple[Rows, Rows]:
-    """The history of who asks, and the rows that must not come."""
-    asked, exclude = chain.asked([request])
-    return asked.histories.item, exclude.ids
-
-
 def similar(
-    chain: LiveRecommender, row: int, k: int, request: Request, shown: set[int] | None = None
+    chain: LiveRecommender, row: int, k: int, known: Known, shown: set[int] | None = None
 ) -> Ranked:
     """The items most like one, by the cosine of their vectors, without what must not come."""
-    history, gone = _left_out(chain, request)
+    history, gone = known[0].histories.item, known[1].ids
     exclude = Ragged.of([np.concatenate([gone, [row], np.array(sorted(shown or ()), np.int32)])])
     query = unit(chain.vectors[[row]])
     found = chain.index.search(query, 4 * k, exclude)
@@ -341,11 +331,11 @@ def similar(
     return Ranked(rows[order], scores, {"similarity": scores}, "behaviour", {}, history)
 
 
-def popular(chain: LiveRecommender, k: int, request: Request) -> Ranked:
+def popular(chain: LiveRecommender, k: int, known: Known) -> Ranked:
     """What most have met, without what must not come."""
-    history, gone = _left_out(chain, request)
-    found = chain.most_popular(1, k, Ragged.of([gone]), chain.index)
-    return _ranked(found, "popularity", "popular", history)
+    asked, exclude = known
+    found = chain.most_popular(1, k, exclude, chain.index)
+    return _ranked(found, "popularity", "popular", asked.histories.item)
 
 
 def search(chain: LiveRecommender, words: str, k: int, request: Request) -> Ranked:

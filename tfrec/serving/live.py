@@ -104,18 +104,18 @@ class LiveRecommender(Recommender):
             ],
             np.int32,
         )
-        described = self.read(text)
+        described, events = self.read(text), self._grown["popularity"]
         for place, (item, row) in enumerate(zip(items, rows.tolist(), strict=True)):
-            met = self.popularity[row] if row < len(self.popularity) else 0
+            met = events.array[row] if row < len(events.array) else 0
             for name, value in zip(
                 self._grown,
                 (candidates[place], text[place], np.float32(met), described[place]),
                 strict=True,
             ):
                 self._grown[name].put(row, np.asarray(value, np.float32))
-            self._take_grown()
             self.created[row] = item.created or time.time()
             self.deleted.discard(row)
+        self._take_grown()
         last = {int(row): place for place, row in enumerate(rows)}  # the same id may come twice
         rows, places = np.array(list(last), np.int32), np.array(list(last.values()))
         self.index.upsert(candidates[places], rows)
