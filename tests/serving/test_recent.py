@@ -19,13 +19,14 @@ class Disk:
 
     def read(self, user_id):
         self.reads.append(user_id)
-        return list(self.histories.get(user_id, []))
+        found = list(self.histories.get(user_id, []))
+        return found, len(found)
 
 
 def test_a_user_is_read_once_and_then_kept_up():
     disk, recent = Disk(u=[event("a")]), Recent(10)
     assert recent.get("u", disk.read) == [event("a")]
-    recent.add([event("b"), event("c", "stranger")])
+    recent.add([(2, event("b")), (3, event("c", "stranger"))])
     assert recent.get("u", disk.read) == [event("a"), event("b")]
     assert disk.reads == ["u"]
 
@@ -41,7 +42,7 @@ def test_a_history_that_was_read_while_its_user_acted_is_not_kept():
 
     def read(user_id):
         found = disk.read(user_id)
-        recent.add([event("b")])
+        recent.add([(2, event("b"))])
         disk.histories["u"] = [event("a"), event("b")]
         return found
 
@@ -49,7 +50,16 @@ def test_a_history_that_was_read_while_its_user_acted_is_not_kept():
     assert recent.get("u", disk.read) == [event("a"), event("b")]
 
 
-def test_nor_is_one_whose_user_was_forgotten_meanwhile():
+def test_events_that_were_on_disk_before_they_were_told_of_are_not_doubled():
+    disk, recent = Disk(u=[event("a"), event("b")]), Recent(10)
+    recent.get("u", disk.read)
+    recent.add([(1, event("a"))])
+    recent.add([(2, event("b")), (3, event("c"))])
+    assert recent.get("u", disk.read) == [event("a"), event("b"), event("c")]
+    assert disk.reads == ["u"]
+
+
+def test_one_whose_user_was_forgotten_while_it_was_read_is_not_kept():
     disk, recent = Disk(u=[event("a")]), Recent(10)
 
     def read(user_id):
@@ -72,7 +82,7 @@ def test_events_that_come_make_room_as_well():
     disk, recent = Disk(), Recent(4)
     recent.get("a", disk.read)
     recent.get("b", disk.read)
-    recent.add([event(str(number), "b") for number in range(3)])
+    recent.add([(number, event(str(number), "b")) for number in (1, 2, 3)])
     disk.reads.clear()
     recent.get("b", disk.read)
     assert disk.reads == []

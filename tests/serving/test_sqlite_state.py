@@ -221,3 +221,17 @@ def test_readers_do_not_wait_for_a_writer(tmp_path):
     writer.join()
     assert state.get("a") == "b"
     state.close()
+
+
+def test_a_reader_between_a_commit_and_its_being_told_doubles_nothing(tmp_path):
+    state = SqliteState(tmp_path)
+    add = state._recent.add
+
+    def late(events):
+        assert [event.event_id for event in state.history("u")] == ["a"]
+        add(events)
+
+    state._recent.add = late
+    state.append([Event("a", "u", "i", "like", 1.5)])
+    assert [event.event_id for event in state.history("u")] == ["a"]
+    state.close()

@@ -86,10 +86,11 @@ class SqliteState:
         if not events:
             return []
 
-        def then(new: list[bool]) -> None:
-            self._recent.add(e for e, is_new in zip(events, new, strict=True) if is_new)
+        def then(numbers: list[int]) -> None:
+            self._recent.add((n, e) for n, e in zip(numbers, events, strict=True) if n)
 
-        return self._commits.run(lambda connection: _insert(connection, events), then)
+        numbers = self._commits.run(lambda connection: _insert(connection, events), then)
+        return [number > 0 for number in numbers]
 
     def history(self, user_id: str) -> list[Event]:
         """See :meth:`State.history`."""
@@ -195,12 +196,13 @@ class SqliteState:
             self._writer.close()
         os.close(self._held)
 
-    def _read_history(self, user_id: str) -> list[Event]:
+    def _read_history(self, user_id: str) -> tuple[list[Event], int]:
         query = (
-            "SELECT event_id, user_id, item_id, event, timestamp, value FROM events "
+            "SELECT event_id, user_id, item_id, event, timestamp, value, number FROM events "
             "WHERE user_id = ? ORDER BY number"
         )
-        return [Event(*values) for values in self._read(query, (user_id,))]
+        rows = self._read(query, (user_id,))
+        return [Event(*values) for *values, _ in rows], rows[-1][-1] if rows else 0
 
     def _read(self, query: str, values: Sequence[str | int]) -> list[Any]:
         """All rows at once, since an open cursor would keep the log from being emptied."""
@@ -302,23 +304,26 @@ def _number(connection: sqlite3.Connection, pragma: str) -> int:
     return _value(connection, f"PRAGMA {pragma}")
 
 
-def _insert(connection: sqlite3.Connection, events: Sequence[Event]) -> list[bool]:
+def _insert(connection: sqlite3.Connection, events: Sequence[Event]) -> list[int]:
+    """The number that each event got; 0: it was there before."""
     write = (
         "INSERT INTO events (number, event_id, user_id, item_id, event, timestamp, value) "
         "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
     )
     strangers = _without_events(connection, {event.user_id for event in events})
     last = _value(connection, "SELECT last FROM counts")  # the greatest number may be forgotten
-    new = []
+    numbers, new = [], []
     for e in events:
         row = (last + 1, e.event_id, e.user_id, e.item_id, e.event, e.timestamp, e.value)
-        new.append(connection.execute(write, row).rowcount == 1)
-        last += new[-1]
-    came = strangers & {e.user_id for e, is_new in zip(events, new, strict=True) if is_new}
-    if any(new):
+        is_new = connection.execute(write, row).rowcount == 1
+        last += is_new
+        numbers.append(last if is_new else 0)
+        if is_new:
+            new.append(e.user_id)
+    if new:
         update = "UPDATE counts SET last = ?, events = events + ?, users = users + ?"
-        connection.execute(update, (last, sum(new), len(came)))
-    return new
+        connection.execute(update, (last, len(new), len(strangers.intersection(new))))
+    return numbers
 
 
 def _without_events(connection: sqlite3.Connection, user_ids: Set[str]) -> set[str]:
