@@ -189,11 +189,11 @@ class TestText:
                 litert.text_model(encoder, True, calibration)
 
 
-def queries(config, text_width=5, profile=3, attributes=2):
-    """A random two-tower over 12 items, and what it is asked."""
+def queries(config, text_width=5, profile=3, attributes=2, counts=(3, 0, 12, 1, 7)):
+    """A random two-tower over 12 items, and what users with so many events ask it."""
     tf_keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
-    events = make_interactions([3, 0, 12, 1, 7])
+    events = make_interactions(list(counts), 12)
     coding = EventCoding.of(events)
     text = rng.normal(size=(13, text_width)).astype(np.float32)
     features = rng.normal(size=(13, 4)).astype(np.float32)
@@ -204,8 +204,8 @@ def queries(config, text_width=5, profile=3, attributes=2):
     asked = (
         Histories.of(events, coding),
         vectors,
-        rng.normal(size=(5, profile)).astype(np.float32),
-        rng.normal(size=(5, attributes)).astype(np.float32),
+        rng.normal(size=(len(counts), profile)).astype(np.float32),
+        rng.normal(size=(len(counts), attributes)).astype(np.float32),
     )
     return model, asked
 
@@ -232,6 +232,21 @@ class TestTowers:
         for extra in ((), (times,)):
             expected = model.encode_query(*asked, *extra)
             np.testing.assert_allclose(found.encode_query(*asked, *extra), expected, atol=1e-5)
+
+    def test_histories_of_all_lengths(self, tmp_path):
+        counts = (0, 1, 15, 16, 17, 31, 32, 39, 40, 41, 60, 2, 3)
+        model, asked = queries(small_config(history=40), counts=counts)
+        found = engine(tmp_path, model)
+        np.testing.assert_allclose(
+            found.encode_query(*asked), model.encode_query(*asked), atol=1e-5
+        )
+        for user in range(len(counts)):
+            histories, vectors, profile, attributes = asked
+            row = slice(user, user + 1)
+            alone = (histories.take(np.array([user])), vectors, profile[row], attributes[row])
+            np.testing.assert_allclose(
+                found.encode_query(*alone), model.encode_query(*alone), atol=1e-5
+            )
 
     def test_without_profiles_and_attributes(self, tmp_path):
         model, asked = queries(small_config(), profile=0, attributes=0)

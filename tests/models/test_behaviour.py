@@ -19,7 +19,8 @@ def inputs():
 
 def encoder(seed=1, **settings):
     set_seed(seed)
-    layer = BehaviourEncoder(WIDTH, LENGTH, layers=2, heads=2, **{"dropout": 0.3, **settings})
+    settings = {"layers": 2, "heads": 2, "dropout": 0.3, **settings}
+    layer = BehaviourEncoder(WIDTH, LENGTH, **settings)
     layer(tf.zeros([1, LENGTH, WIDTH]), tf.ones([1, LENGTH], tf.int32))
     rng = np.random.default_rng(seed)
     for weight in layer.trainable_weights:  # biases and norms too, which start as nothing
@@ -89,6 +90,16 @@ def test_a_row_of_a_batch_is_the_row_alone(inputs):
     for row in range(2):
         alone = layer(inputs[row : row + 1], SEGMENT[row : row + 1]).numpy()
         np.testing.assert_allclose(together[row], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_place_that_is_asked_for_alone_is_the_same(inputs, layers):
+    layer = encoder(layers=layers)
+    last = np.array([2, 4], np.int32)
+    whole = layer(inputs, SEGMENT).numpy()
+    alone = layer(inputs, SEGMENT, last=tf.constant(last)).numpy()
+    assert alone.shape == (2, 1, WIDTH)
+    np.testing.assert_allclose(alone[:, 0], whole[np.arange(2), last], atol=1e-6)
 
 
 def test_it_equals_a_plain_numpy_transformer(inputs):

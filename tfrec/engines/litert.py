@@ -31,9 +31,11 @@ _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
 _QUERIES = 4
 _AT_ONCE = 64  # of them, whose inputs are made together
+_PLACES = 16  # the query tower reads a multiple of so many
 _CELLS = 1 << 14  # numbers of candidates' vectors that the ranker is given at a time
 """A batch is cut so small that what its layers give each other stays in the processor's cache."""
 _HALVED = 128  # candidates of one user from which on two copies of the ranker share them
+_OF_USERS = frozenset({"last", "profile", "attributes"})
 _OF_CANDIDATES = frozenset({"candidates", "attributes", "text", "scalars"})
 
 
@@ -268,13 +270,22 @@ class ModelsEngine:
         for start in range(0, len(histories), _QUERIES * _AT_ONCE):
             rows = np.arange(start, min(start + _QUERIES * _AT_ONCE, len(histories)))
             times = None if request_time is None else request_time[rows]
+            read = histories.take(rows)
+            # A place more than there are events: the start of a history.
+            places = np.diff(read.offsets) + 1
             arrays = query_inputs(
-                histories.take(rows), self.history, vectors, profile[rows], attributes[rows], times
+                read, self._length(places), vectors, profile[rows], attributes[rows], times
             )
-            parts = [
-                {name: values[i : i + _QUERIES] for name, values in arrays.items()}
-                for i in range(0, len(rows), _QUERIES)
-            ]
+            parts = []
+            for i in range(0, len(rows), _QUERIES):
+                part = slice(i, i + _QUERIES)
+                length = self._length(places[part])
+                parts.append(
+                    {
+                        name: values[part] if name in _OF_USERS else values[part, :length]
+                        for name, values in arrays.items()
+                    }
+                )
             found += _each(self.models.query, parts)
         return np.concatenate(found)
 
@@ -295,6 +306,10 @@ class ModelsEngine:
         none = np.zeros((0, candidates, len(self.tasks)), np.float32)
         told = np.concatenate([*_each(rank, parts), none])
         return {task: told[:, :, place] for place, task in enumerate(self.tasks)}
+
+    def _length(self, places: NDArray[np.int64]) -> int:
+        """Places of the shortest row that has room for all of these, or of the longest."""
+        return min(self.history, -(-int(places.max()) // _PLACES) * _PLACES)
 
     def _text_model(self) -> TextModel:
         if self.models.text is None:

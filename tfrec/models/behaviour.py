@@ -53,7 +53,12 @@ class BehaviourEncoder(tf_keras.layers.Layer):
         self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-6, name="norm")
 
     def call(
-        self, inputs: Any, segment: Any, training: bool | None = None, causal: bool = True
+        self,
+        inputs: Any,
+        segment: Any,
+        training: bool | None = None,
+        causal: bool = True,
+        last: Any | None = None,
     ) -> Any:
         """Encodes rows of places.
 
@@ -63,15 +68,22 @@ class BehaviourEncoder(tf_keras.layers.Layer):
           training: Whether dropout is on.
           causal: Whether a place sees only itself and what came before; the weights are the same
             either way.
+          last: int32 (batch,), the only place of each row that is asked for. The last block
+            then computes no other, which saves about a third of two blocks.
 
         Returns:
-          float (batch, length, width), normalised; padding places hold nothing of use.
+          float (batch, length, width), normalised; padding places hold nothing of use. With
+          ``last`` (batch, 1, width).
         """
         mask = attention_mask(segment, causal)
-        hidden = inputs
-        for block in self.blocks:
+        # Places of all rows one below another: products of matrices are what every runtime,
+        # LiteRT above all, is fastest at.
+        hidden = tf.reshape(inputs, [-1, self.settings["width"]])
+        for block in self.blocks[:-1]:
             hidden = block(hidden, mask=mask, training=training)
-        return self.norm(hidden)
+        hidden = self.norm(self.blocks[-1](hidden, mask=mask, training=training, last=last))
+        rows, length = tf.shape(segment)[0], tf.shape(segment)[1] if last is None else 1
+        return tf.reshape(hidden, [rows, length, self.settings["width"]])
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -80,7 +92,7 @@ class BehaviourEncoder(tf_keras.layers.Layer):
 
 def attention_mask(segment: Any, causal: bool) -> Any:
     """bool (batch, length, length): whether the place of axis 1 sees the place of axis 2."""
-    same = tf.equal(segment[:, :, None], segment[:, None, :])
+    same = tf.equal(tf.expand_dims(segment, 2), tf.expand_dims(segment, 1))
     if not causal:
         return same
     places = tf.range(tf.shape(segment)[1])
@@ -121,9 +133,15 @@ class TransformerBlock(tf_keras.layers.Layer):
         self.feed_adapter: Any = None
         self.prefix: Any = None
 
-    def call(self, inputs: Any, mask: Any, training: bool | None = None) -> Any:
-        """(batch, length, width) and bool (batch, length, length) -> (batch, length, width)."""
-        attended = self._attend(self.attention_norm(inputs), mask, training)
+    def call(
+        self, inputs: Any, mask: Any, training: bool | None = None, last: Any | None = None
+    ) -> Any:
+        """float (batch * length, width) and bool (batch, length, length) -> (batch * length,
+        width), or (batch, width) of the places ``last``, int32 (batch,)."""
+        attended = self._attend(self.attention_norm(inputs), mask, training, last)
+        if last is not None:
+            rows, length = tf.shape(mask)[0], tf.shape(mask)[1]
+            inputs = tf.gather(inputs, tf.range(rows) * length + last)
         hidden = inputs + self._branch(attended, self.attention_adapter, training)
         # The tanh form of GELU: the erf form costs twice the time on a CPU.
         fed = tf.nn.gelu(self.expand(self.feed_norm(hidden)), approximate=True)
@@ -133,20 +151,29 @@ class TransformerBlock(tf_keras.layers.Layer):
         values = self.dropout(values, training=training)
         return values if adapter is None else adapter(values)
 
-    def _attend(self, inputs: Any, mask: Any, training: bool | None) -> Any:
-        length = tf.shape(inputs)[1]
+    def _attend(self, inputs: Any, mask: Any, training: bool | None, last: Any | None) -> Any:
+        length = tf.shape(mask)[1]
         size = self.width // self.heads
         split = tf.reshape(self.qkv(inputs), [-1, length, 3, self.heads, size])
         query, key, value = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))
-        scores = tf.matmul(query, key, transpose_b=True) * float(size) ** -0.5
         places = tf.range(length)
-        distance = tf.abs(places[:, None] - places[None, :])
-        scores += tf.cast(tf.gather(self.bias, distance, axis=1), scores.dtype)
+        if last is None:
+            distance = tf.abs(places[:, None] - places[None, :])
+            bias = tf.gather(self.bias, distance, axis=1)
+        else:
+            of_heads = tf.tile(tf.expand_dims(last, 1), [1, self.heads])
+            query = tf.expand_dims(tf.gather(query, of_heads, batch_dims=2), 2)
+            mask = tf.expand_dims(tf.gather(mask, last, batch_dims=1), 1)
+            distance = tf.abs(tf.expand_dims(last, 1) - tf.expand_dims(places, 0))
+            bias = tf.transpose(tf.gather(self.bias, distance, axis=1), [1, 0, 2])
+            bias = tf.expand_dims(bias, 2)
+        scores = tf.matmul(query, key, transpose_b=True) * float(size) ** -0.5
+        scores += tf.cast(bias, scores.dtype)
         low = tf.constant(-1e4 if scores.dtype == tf.float16 else -1e9, scores.dtype)
-        weights = tf.nn.softmax(tf.where(mask[:, None], scores, low))
+        weights = tf.nn.softmax(tf.where(tf.expand_dims(mask, 1), scores, low))
         weights = self.dropout(weights, training=training)
         mixed = tf.matmul(weights, value)
         if self.prefix is not None:
             mixed += self.prefix(query)
         mixed = tf.transpose(mixed, [0, 2, 1, 3])
-        return self.project(tf.reshape(mixed, [-1, length, self.width]))
+        return self.project(tf.reshape(mixed, [-1, self.width]))

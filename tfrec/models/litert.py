@@ -234,7 +234,8 @@ class Function(NamedTuple):
 
 
 def query_function(two_tower: TwoTower) -> Function:
-    """The query tower: the arrays of :meth:`TwoTower.query_inputs` -> ``query`` (b, d)."""
+    """The query tower: the arrays of :func:`~tfrec.data.sequences.query_inputs`, of any length up
+    to the model's -> ``query`` (b, d)."""
     config = two_tower.config
     widths = dict(zip(("profile", "attributes"), two_tower.widths, strict=True))
     nothing, profile, attributes = (
@@ -243,7 +244,7 @@ def query_function(two_tower: TwoTower) -> Function:
     found = query_inputs(no_history(), config.history, nothing, profile, attributes)
     used = {"vectors", "segment", "last", *two_tower.query_tower.tables}
     used |= {name for name, width in widths.items() if width}
-    signature = {name: _many(found[name]) for name in sorted(used)}
+    signature = {name: _many(found[name], name not in (*widths, "last")) for name in sorted(used)}
 
     def call(**batch: Any) -> dict[str, Any]:
         rows = tf.shape(batch["vectors"])[0]
@@ -450,8 +451,10 @@ def _value(variable: Any) -> NDArray[np.float32]:
         return np.asarray(variable.numpy(), np.float32)
 
 
-def _many(array: NDArray[Any]) -> Any:
-    return tf.TensorSpec([None, *array.shape[1:]], tf.as_dtype(array.dtype))
+def _many(array: NDArray[Any], places: bool) -> Any:
+    """The kind of an array with any number of rows and, if there are such, of places."""
+    free = 2 if places else 1
+    return tf.TensorSpec([None] * free + [*array.shape[free:]], tf.as_dtype(array.dtype))
 
 
 def _check_finite(frozen: Any) -> None:

@@ -210,10 +210,14 @@ class TwoTower(TaskModel):
           float32 (batch, d).
         """
         hidden = self.query_tower(
-            inputs["vectors"], inputs, inputs["profile"], inputs["attributes"], training=training
+            inputs["vectors"],
+            inputs,
+            inputs["profile"],
+            inputs["attributes"],
+            training=training,
+            last=inputs["last"],
         )
-        last = tf.gather(hidden, inputs["last"], batch_dims=1)
-        return tf.cast(last, tf.float32) / self.config.temperature
+        return tf.cast(hidden[:, 0], tf.float32) / self.config.temperature
 
     def encode_candidate(
         self,

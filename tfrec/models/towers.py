@@ -214,6 +214,7 @@ class QueryTower(tf_keras.layers.Layer):
         attributes: Any,
         training: bool | None = None,
         causal: bool = True,
+        last: Any | None = None,
     ) -> Any:
         """Encodes every place of every row.
 
@@ -225,9 +226,10 @@ class QueryTower(tf_keras.layers.Layer):
           attributes: float (batch, s, attribute width) of the same users.
           training: Whether dropout is on.
           causal: Whether a place sees only itself and what came before.
+          last: int32 (batch,), the only place of each row that is asked for; None: all.
 
         Returns:
-          float (batch, length, embedding_dim).
+          float (batch, length, embedding_dim), or (batch, 1, embedding_dim) of ``last``.
         """
         hidden = vectors * tf.cast(self.width**0.5, vectors.dtype)
         for name, table in self.tables.items():
@@ -237,7 +239,7 @@ class QueryTower(tf_keras.layers.Layer):
             if given.shape[-1]:
                 hidden += _at_places(layer(given), batch["segment"])
         hidden = self.dropout(hidden, training=training)
-        return self.encoder(hidden, batch["segment"], training=training, causal=causal)
+        return self.encoder(hidden, batch["segment"], training=training, causal=causal, last=last)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
