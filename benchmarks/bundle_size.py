@@ -31,10 +31,11 @@ from tfrec.bundle import load_codes, load_rows, save_codes, save_rows
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TEST, TRAIN, VALID
 from tfrec.engines import LiteRTEngine
-from tfrec.index import Ragged, int8_rows, make_index
+from tfrec.index import Ragged, make_index
 from tfrec.models import litert
 from tfrec.models.engine import load_recommender
 from tfrec.recommender import LinearItems, Recommender
+from tfrec.rows import int8_rows
 from tfrec.stages import export
 
 K = 10

@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 import tfrec
 from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json, write_text
 from tfrec.errors import ArtifactError, InputError
-from tfrec.index import int8_rows
+from tfrec.rows import Int8Rows, Vectors, int8_rows
 
 FORMAT = 2
 _READ = (1, FORMAT)  # in format 1 all arrays are floats
 _CODES, _SCALES = ".int8.npy.zst", ".scales.npy"
+_MANY = 50_000  # rows from which on memory is worth more than the time to read them from int8
 _LEVEL = 1  # Huffman codes and few matches: small numbers compress no further
 _BATCHING = """max_batch_size { value: 128 }
 batch_timeout_micros { value: 2000 }
@@ -266,20 +267,30 @@ def load_rows(path: Path) -> NDArray[Any]:
     Raises:
       ArtifactError: a file is missing or damaged.
     """
-    array: NDArray[Any]
-    if holds_codes(path):
-        codes, scales = load_codes(path)
-        if len(codes) != len(scales):
-            raise ArtifactError(
-                f"{path} cannot be read: it has {len(codes)} rows and {len(scales)} scales"
-            )
-        array = codes * scales[:, None]
-    else:
-        array = _load(path)
+    array: NDArray[Any] = _load_int8(path)[:] if holds_codes(path) else _load(path)
     which = path.with_suffix(".rows.npy")
     try:
         return array[_load(which)] if which.is_file() else array
     except IndexError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+
+def load_vectors(path: Path) -> Vectors:
+    """As :func:`load_rows`; many rows that were rounded to int8 stay that.
+
+    Raises:
+      ArtifactError: a file is missing or damaged.
+    """
+    if not holds_codes(path) or path.with_suffix(".rows.npy").is_file():
+        return load_rows(path)
+    rows = _load_int8(path)
+    return rows if len(rows) > _MANY else rows[:]
+
+
+def _load_int8(path: Path) -> Int8Rows:
+    try:
+        return Int8Rows(*load_codes(path))
+    except InputError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
 
 

@@ -18,9 +18,10 @@ from tfrec.data.interactions import Interactions
 from tfrec.data.sequences import EventCoding, Histories
 from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
-from tfrec.index import EXACT_LIMIT, ExactIndex, Index, Ragged, TopK, int8_rows, make_index, top_k
+from tfrec.index import EXACT_LIMIT, ExactIndex, Index, Ragged, TopK, make_index, top_k
 from tfrec.index.among import Among
 from tfrec.index.store import Precision
+from tfrec.rows import Vectors, int8_rows
 from tfrec.steps import FILTERS, SOURCES, Search
 
 Floats = NDArray[np.float32]
@@ -57,7 +58,7 @@ class Engine(Protocol):
     def encode_query(
         self,
         histories: Histories,
-        vectors: Floats,
+        vectors: Vectors,
         profile: Floats,
         attributes: Floats,
         request_time: NDArray[np.int64] | None = None,
@@ -460,7 +461,7 @@ class Recommender:
         users: Users,
         interactions: Interactions,
         coding: EventCoding,
-        vectors: Floats,
+        vectors: Vectors,
         text: Floats,
         profile: Floats,
         policy: Policy | None = None,
@@ -1033,7 +1034,7 @@ def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:
     return np.stack([retrieval, linear, np.log1p(popularity)], axis=-1).astype(np.float32)
 
 
-def history_vectors(histories: Histories, vectors: Floats, length: int) -> tuple[Floats, Floats]:
+def history_vectors(histories: Histories, vectors: Vectors, length: int) -> tuple[Floats, Floats]:
     """The last events of each history as vectors, the newest in the last place.
 
     Returns:
@@ -1074,7 +1075,7 @@ def _distinct(rows: Rows) -> Rows:
     return ordered
 
 
-def _inner(queries: Floats, vectors: Floats, rows: Rows) -> Floats:
+def _inner(queries: Floats, vectors: Vectors, rows: Rows) -> Floats:
     """float32 (b, c): inner products of queries (b, d) with the vectors of rows (b, c)."""
     out = np.empty(rows.shape, np.float32)
     size = max(1, _CELLS // max(rows.shape[1] * vectors.shape[1], 1))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tfrec.data.catalog import Catalog, FeatureSchema, Growing, LiveCatalog, Users
+from tfrec.data.catalog import Catalog, FeatureSchema, LiveCatalog, Users
 from tfrec.errors import InputError
 
 SCHEMA = FeatureSchema({"genre": ("Action", "Comedy", "War")}, {"year": (2000.0, 10.0)})
@@ -107,37 +107,6 @@ def test_cells_are_split_and_empty_ones_left_out():
     assert made.cells(1) == {"genre": ["War", "Action"], "year": ["1990"]}
     assert made.cells(2) == {"year": ["2000"]}
     assert made.cells(0) == {}
-
-
-class TestGrowing:
-    def test_rows_are_added_and_replaced_and_what_was_given_is_not_touched(self):
-        given = np.arange(6, dtype=np.float32).reshape(3, 2)
-        kept = given.copy()
-        grown = Growing(given)
-        grown.put(1, np.float32([9, 9]))
-        grown.put(3, np.float32([7, 8]))
-        assert grown.array.tolist() == [[0, 1], [9, 9], [4, 5], [7, 8]]
-        np.testing.assert_array_equal(given, kept)
-
-    @pytest.mark.parametrize("shape", [(0, 3), (5, 3), (1,), (4, 0)])
-    def test_it_grows_past_any_room_that_was_reserved(self, shape):
-        rng = np.random.default_rng(0)
-        expected = rng.normal(size=shape).astype(np.float32)
-        grown = Growing(expected)
-        for _ in range(500):
-            row = rng.normal(size=shape[1:]).astype(np.float32)
-            grown.put(len(expected), row)
-            expected = np.concatenate([expected, row[None]])
-        np.testing.assert_array_equal(grown.array, expected)
-        assert grown.array.dtype == np.float32
-
-    def test_rows_are_copied_seldom(self):
-        grown = Growing(np.zeros((100, 2), np.float32))
-        rooms = set()
-        for row in range(100, 2000):
-            grown.put(row, np.zeros(2, np.float32))
-            rooms.add(grown.array.base.__array_interface__["data"][0])
-        assert len(rooms) < 10
 
 
 class TestLiveCatalog:

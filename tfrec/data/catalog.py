@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.errors import InputError
+from tfrec.rows import Growing
 
 
 @dataclass(frozen=True)
@@ -306,30 +307,6 @@ class LiveCatalog(Catalog):
         for column, facet in self._facets.items():
             for value in dict.fromkeys(self.cells(row).get(column, ())):
                 facet[value] = np.append(facet.get(value, np.zeros(0, np.int32)), np.int32(row))
-
-
-class Growing:
-    """Rows of an array to which rows are added, seldom copying what is there.
-
-    Args:
-      array: (n, ...), copied into memory with room for more, of which what is not used takes none.
-    """
-
-    def __init__(self, array: NDArray[np.float32]) -> None:
-        self._room = np.zeros((len(array) + len(array) // 2 + 64, *array.shape[1:]), array.dtype)
-        self._room[: len(array)] = array
-        self.array = self._room[: len(array)]
-
-    def put(self, row: int, values: NDArray[np.float32]) -> None:
-        """Replaces a row, or adds the one after the last."""
-        if row == len(self._room):
-            grown = Growing(self._room)
-            self._room = grown._room
-        if row == len(self.array):
-            self._room[row] = values
-            self.array = self._room[: row + 1]
-        else:
-            self.array[row] = values
 
 
 class Users(Table):

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.data.interactions import Interactions
+from tfrec.rows import Vectors
 
 GAP_BUCKETS = 32
 RATING_BUCKETS = 11
@@ -188,7 +189,7 @@ def query_arrays(
 def query_inputs(
     histories: Histories,
     length: int,
-    vectors: NDArray[np.float32],
+    vectors: Vectors,
     profile: NDArray[np.float32],
     attributes: NDArray[np.float32],
     request_time: NDArray[np.int64] | None = None,

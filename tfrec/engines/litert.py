@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows
+from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows, load_vectors
 from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding, Histories, query_inputs
 from tfrec.data.tokens import Coverage, Role, TextSettings, TextTokenizer, packed, read_json
@@ -22,6 +22,7 @@ from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.index import Index, load_index, make_index
 from tfrec.index.exact import cores
 from tfrec.recommender import Floats, LinearItems, Policy, Recommender, Rows, TextDirections
+from tfrec.rows import Vectors
 from tfrec.terminal import quiet
 
 Model = Callable[[Mapping[str, NDArray[Any]]], Floats]
@@ -258,7 +259,7 @@ class ModelsEngine:
     def encode_query(
         self,
         histories: Histories,
-        vectors: Floats,
+        vectors: Vectors,
         profile: Floats,
         attributes: Floats,
         request_time: NDArray[np.int64] | None = None,
@@ -388,8 +389,9 @@ def recommender_of(bundle: Bundle, threads: int = 0, copies: int = 0) -> Recomme
     policy = Policy.parse(told["policy"])
     engine = LiteRTEngine(folder / "litert", told["history"], policy.tasks, threads, copies)
     arrays = folder / "arrays"
-    vectors, text, profile, popularity = (
-        load_rows(arrays / f"{name}.npy") for name in ("vectors", "text", "profile", "popularity")
+    vectors = load_vectors(arrays / "vectors.npy")
+    text, profile, popularity = (
+        load_rows(arrays / f"{name}.npy") for name in ("text", "profile", "popularity")
     )
     directions = None
     if "arrays/directions.npy" in bundle.artifact.files:
@@ -426,7 +428,7 @@ def _linear(bundle: Bundle) -> LinearItems | None:
     return LinearItems(codes, scales)
 
 
-def _index(folder: Path, vectors: Floats) -> Index:
+def _index(folder: Path, vectors: Vectors) -> Index:
     """The index that was tuned for the vectors, or an exact one."""
     with contextlib.suppress(SetupError):  # there is no ScaNN for this machine
         if folder.is_dir():

@@ -15,7 +15,7 @@ from tfrec.index.exact import ExactIndex, Index
 from tfrec.index.results import Floats, Ids, Ragged, TopK, top_k
 from tfrec.index.scann import ScannIndex
 from tfrec.index.shards import ShardedIndex
-from tfrec.index.store import Metric, Precision, int8_rows
+from tfrec.index.store import Metric, Precision
 
 __all__ = [
     "EXACT_LIMIT",
@@ -25,7 +25,6 @@ __all__ = [
     "ScannIndex",
     "ShardedIndex",
     "TopK",
-    "int8_rows",
     "load_index",
     "make_index",
     "top_k",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tfrec.errors import ArtifactError, InputError
 from tfrec.index.results import Floats, Ids, Ragged
+from tfrec.rows import int8_rows
 
 Metric = Literal["dot", "cosine"]
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -295,21 +296,6 @@ def whole_numbers(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
         raise InputError(f"ids are a list of whole numbers, and got {ids.dtype} {ids.shape}")
     return ids.astype(np.int64, copy=False)
-
-
-def int8_rows(vectors: Floats, least: float = 0.0) -> tuple[NDArray[np.int8], Floats]:
-    """Vectors rounded to int8, each with a scale of its own.
-
-    Args:
-      vectors: float32 (n, dim).
-      least: No scale is smaller.
-
-    Returns:
-      int8 codes (n, dim), -127 to 127, and the float32 scales (n,) to multiply them by.
-    """
-    scales = np.maximum(np.abs(vectors).max(axis=1, initial=0) / np.float32(127), least)
-    whole = np.rint(vectors / np.where(scales > 0, scales, 1)[:, None])
-    return whole.astype(np.int8), scales.astype(np.float32)
 
 
 def _longer(array: NDArray[Any], size: int) -> NDArray[Any]:

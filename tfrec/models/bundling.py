@@ -20,12 +20,13 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError, SetupError
 from tfrec.golden import Golden
-from tfrec.index import ExactIndex, int8_rows
+from tfrec.index import ExactIndex
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
 from tfrec.recommender import Floats, Recommender
+from tfrec.rows import int8_rows
 
 PACKAGES = (
     "tensorflow",
@@ -142,7 +143,7 @@ def write(
 
 def _write_arrays(recommender: Recommender, folder: Path, int8: bool) -> None:
     folder.mkdir()
-    save_rows(folder / "vectors.npy", recommender.vectors, int8)
+    save_rows(folder / "vectors.npy", recommender.vectors[:], int8)
     for name in ("text", "profile"):
         array = getattr(recommender, name)
         save_rows(folder / f"{name}.npy", array, int8 and _bears_int8(recommender, array))

@@ -37,6 +37,7 @@ from tfrec.recommender import (
     Rows,
     TextDirections,
 )
+from tfrec.rows import Vectors
 
 DIRECTIONS = "directions.npy"
 """float32 (1 + p, text width) in a ranking artifact: mean and directions of the texts."""
@@ -135,7 +136,7 @@ class TensorFlowEngine:
     def encode_query(
         self,
         histories: Histories,
-        vectors: Floats,
+        vectors: Vectors,
         profile: Floats,
         attributes: Floats,
         request_time: NDArray[np.int64] | None = None,

@@ -15,6 +15,7 @@ from tfrec.models.keras_bridge import full_precision, tf, tfrs
 from tfrec.models.losses import across_replicas, full_softmax_loss
 from tfrec.models.step import TaskModel
 from tfrec.models.towers import CandidateTower, QueryTower
+from tfrec.rows import Vectors
 
 FULL_SOFTMAX_LIMIT = 50_000
 
@@ -254,7 +255,7 @@ class TwoTower(TaskModel):
     def encode_query(
         self,
         histories: Histories,
-        vectors: NDArray[np.float32],
+        vectors: Vectors,
         profile: NDArray[np.float32],
         attributes: NDArray[np.float32],
         request_time: NDArray[np.int64] | None = None,

@@ -115,7 +115,7 @@ class Graph:
         # Items that no event taught anything stand in the catalog without their id.
         rows = np.arange(len(catalog), dtype=np.int32)
         plain = engine.encode_candidate(recommender.text, catalog.features, rows * 0)
-        taught = (np.abs(plain - recommender.vectors) > 1e-5).any(axis=1) & (rows > 0)
+        taught = (np.abs(plain - recommender.vectors[:]) > 1e-5).any(axis=1) & (rows > 0)
         self._id_rows = tf.Variable(np.where(taught, rows, 0), trainable=False, name="id_rows")
         self._log_popularity = _kept(np.log1p(recommender.popularity), "log_popularity")
         linear = recommender.linear

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.data.attributes import joined_texts
-from tfrec.data.catalog import Growing, LiveCatalog
+from tfrec.data.catalog import LiveCatalog
 from tfrec.data.interactions import Interactions
 from tfrec.errors import InputError
 from tfrec.recommender import Recommender
+from tfrec.rows import Growing, GrowingRows, growing
 from tfrec.serving.state import Item
 
 Floats = NDArray[np.float32]
@@ -41,20 +42,21 @@ class LiveRecommender(Recommender):
         live.__dict__.update(base.__dict__)
         live.catalog = LiveCatalog(base.catalog)
         live.interactions = _slim(base.interactions)
+        live._vectors = growing(base.vectors)
         live._grown = {
             name: Growing(np.asarray(getattr(base, name), np.float32))
-            for name in ("vectors", "text", "popularity", "described")
+            for name in ("text", "popularity", "described")
         }
         live._take_grown()
         live.created, live.deleted, live.marks = {}, set(), None
         return live
 
+    _vectors: Growing | GrowingRows
     _grown: dict[str, Growing]
 
     def _take_grown(self) -> None:
-        self.vectors, self.text, self.popularity, described = (
-            grown.array for grown in self._grown.values()
-        )
+        self.vectors = self._vectors.array
+        self.text, self.popularity, described = (grown.array for grown in self._grown.values())
         self.__dict__["described"] = described
 
     def mark(self, stage: str) -> None:
@@ -109,10 +111,11 @@ class LiveRecommender(Recommender):
             met = events.array[row] if row < len(events.array) else 0
             for name, value in zip(
                 self._grown,
-                (candidates[place], text[place], np.float32(met), described[place]),
+                (text[place], np.float32(met), described[place]),
                 strict=True,
             ):
                 self._grown[name].put(row, np.asarray(value, np.float32))
+            self._vectors.put(row, candidates[place])
             self.created[row] = item.created or time.time()
             self.deleted.discard(row)
         self._take_grown()

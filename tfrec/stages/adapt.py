@@ -595,7 +595,7 @@ def _train_ranker(
         config,
         histories=Histories.of(train, base.coding),
         interactions=train,
-        vectors=base.vectors,
+        vectors=base.vectors[:],
         query_vectors_of=lambda users, histories, times: _queries(base, users, histories, times),
         hard=hard,
         attributes=dataset.catalog.features,
