@@ -292,7 +292,7 @@ class Who:
     @property
     def events(self) -> NDArray[np.int64]:
         """int64 (b,): how many events they have."""
-        return np.diff(self.histories.offsets)
+        return self.histories.lengths
 
     @property
     def seen(self) -> Ragged:
@@ -688,7 +688,7 @@ class Recommender:
 
     def most_popular(self, users: int, k: int, exclude: Ragged | None, index: Index) -> TopK:
         """The ``k`` items of an index with the most events, for each of so many users."""
-        left_out = 0 if exclude is None else int(np.diff(exclude.offsets).max(initial=0))
+        left_out = 0 if exclude is None else int(exclude.lengths.max(initial=0))
         order = self._by_popularity
         if index is not self.index:
             order = order[np.isin(order, index.ids, kind="table")]
@@ -930,7 +930,7 @@ class Recommender:
         )
         excluded = []
         for place, request in enumerate(requests):
-            own = histories.take([place])
+            own = histories.alone(place)
             steps = [FILTERS[name].left_out(self, request, own) for name in self.policy.filters]
             excluded.append(np.concatenate([*steps, self.catalog.rows(request.exclude)]))
         return asked, Ragged.of(excluded)
@@ -941,16 +941,30 @@ class Recommender:
         return self.users.row(request.user_id) if known else -1
 
     def _history(self, row: int, request: Request) -> Histories:
-        known = self._histories.take([row]) if row >= 0 else _NO_EVENTS
-        met = self.met(request)
-        if not met:
-            return known
+        known = self._histories.alone(row) if row >= 0 else _NO_EVENTS
         newest = int(known.timestamp[-1]) if len(known.item) else int(request.time or 0)
+        follows = self._follows(request, newest)
+        if not len(follows.item):
+            return known
+        return _one_after_the_other(known, follows) if len(known.item) else follows
+
+    def _follows(self, request: Request, newest: int) -> Histories:
+        """The history that a request brings, after an event at the time ``newest``."""
+        names = self.coding.event_names
+        if not any(isinstance(told, Met) for told in request.history):
+            rows = self.catalog.rows(request.history)  # type: ignore[arg-type]
+            rows = rows[rows > 0]
+            n = len(rows)
+            code, nothing = self.coding.events(names[:1])[0], np.zeros(n, np.int32)
+            when = np.full(n, newest, np.int64)
+            return Histories(
+                np.array([0, n], np.int64), rows, np.full(n, code, np.int32), nothing, when
+            )
+        met = self.met(request)
         times = []
         for event in met:
             newest = newest if event.time is None else event.time
             times.append(newest)
-        names = self.coding.event_names
         events = self.coding.events([m.event if m.event in names else names[0] for m in met])
         if any(m.rating is not None for m in met):
             told = np.array([np.nan if m.rating is None else m.rating for m in met], np.float32)
@@ -958,16 +972,7 @@ class Recommender:
         else:
             ratings = np.zeros(len(met), np.int32)
         rows, when = self.catalog.rows([m.item_id for m in met]), np.array(times, np.int64)
-        if not len(known.item):
-            return Histories(np.array([0, len(rows)], np.int64), rows, events, ratings, when)
-        item = np.concatenate([known.item, rows])
-        return Histories(
-            np.array([0, len(item)], np.int64),
-            item,
-            np.concatenate([known.event, events]),
-            np.concatenate([known.rating, ratings]),
-            np.concatenate([known.timestamp, when]),
-        )
+        return Histories(np.array([0, len(rows)], np.int64), rows, events, ratings, when)
 
     def met(self, request: Request) -> list[Met]:
         """The events of a request's history whose items are in the catalog."""
@@ -1034,6 +1039,18 @@ def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:
     return np.stack([retrieval, linear, np.log1p(popularity)], axis=-1).astype(np.float32)
 
 
+def _one_after_the_other(first: Histories, then: Histories) -> Histories:
+    """The history of one user, of two parts."""
+    item = np.concatenate([first.item, then.item])
+    return Histories(
+        np.array([0, len(item)], np.int64),
+        item,
+        np.concatenate([first.event, then.event]),
+        np.concatenate([first.rating, then.rating]),
+        np.concatenate([first.timestamp, then.timestamp]),
+    )
+
+
 def history_vectors(histories: Histories, vectors: Vectors, length: int) -> tuple[Floats, Floats]:
     """The last events of each history as vectors, the newest in the last place.
 
@@ -1041,7 +1058,7 @@ def history_vectors(histories: Histories, vectors: Vectors, length: int) -> tupl
       float32 (b, length, d) and the mask float32 (b, length).
     """
     last = histories.last(length)
-    counts = np.diff(last.offsets)
+    counts = last.lengths
     user = np.repeat(np.arange(len(last)), counts)
     place = np.arange(len(last.item)) - np.repeat(last.offsets[1:], counts) + length
     rows = np.zeros((len(last), length), np.int32)

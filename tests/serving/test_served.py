@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrec.recommender import unit
 from tfrec.serving.served import Served, diversity
 
 
@@ -69,22 +70,26 @@ def test_a_catalog_without_items_can_be_served_from():
     assert (found.summary()["catalog"], found.summary()["coverage"]) == (0, 1.0)
 
 
+def spread(vectors):
+    return diversity(unit(np.asarray(vectors, np.float32)))
+
+
 class TestDiversity:
     def test_of_opposite_alike_and_unrelated_items(self):
-        assert diversity([[1, 0], [-3, 0]]) == pytest.approx(2)
-        assert diversity([[1, 1], [2, 2], [5, 5]]) == pytest.approx(0, abs=1e-6)
-        assert diversity([[1, 0], [0, 7]]) == pytest.approx(1)
+        assert spread([[1, 0], [-3, 0]]) == pytest.approx(2)
+        assert spread([[1, 1], [2, 2], [5, 5]]) == pytest.approx(0, abs=1e-6)
+        assert spread([[1, 0], [0, 7]]) == pytest.approx(1)
 
-    @pytest.mark.parametrize("vectors", [[], [[1.0, 2.0]]])
+    @pytest.mark.parametrize("vectors", [np.zeros((0, 2)), [[1.0, 2.0]]])
     def test_needs_a_pair(self, vectors):
-        assert diversity(vectors) is None
+        assert spread(vectors) is None
 
     def test_of_an_item_without_direction_is_whole(self):
-        assert diversity([[0, 0], [1, 0]]) == pytest.approx(1)
+        assert spread([[0, 0], [1, 0]]) == pytest.approx(1)
 
     @given(st.integers(2, 12), st.integers(1, 8), st.integers(0, 1000))
     def test_is_the_mean_over_all_pairs(self, k, width, seed):
         vectors = np.random.default_rng(seed).normal(size=(k, width))
         units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         pairs = [1 - units[i] @ units[j] for i in range(k) for j in range(i)]
-        assert diversity(vectors) == pytest.approx(np.mean(pairs), abs=1e-4)
+        assert spread(vectors) == pytest.approx(np.mean(pairs), abs=1e-4)

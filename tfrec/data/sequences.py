@@ -98,6 +98,11 @@ class Histories:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 (batch,), how many events each history has."""
+        return self.offsets[1:] - self.offsets[:-1]
+
     @classmethod
     def of(cls, interactions: Interactions, coding: EventCoding) -> Histories:
         """Every user's events, query b being user row b."""
@@ -116,9 +121,21 @@ class Histories:
         starts = self.offsets[:-1][rows]
         return self._spans(starts, self.offsets[1:][rows] - starts)
 
+    def alone(self, row: int) -> Histories:
+        """The history of one row, without a copy."""
+        start, stop = self.offsets[row : row + 2].tolist()
+        part = slice(start, stop)
+        return Histories(
+            np.array([0, stop - start], np.int64),
+            self.item[part],
+            self.event[part],
+            self.rating[part],
+            self.timestamp[part],
+        )
+
     def last(self, count: int) -> Histories:
         """Each history cut to its last ``count`` events."""
-        lengths = np.minimum(np.diff(self.offsets), count)
+        lengths = np.minimum(self.lengths, count)
         return self._spans(self.offsets[1:] - lengths, lengths)
 
     def first(self, counts: NDArray[np.int64]) -> Histories:
@@ -138,7 +155,7 @@ class Histories:
         """int32 (n,), bucket of the time since the event before; 0 for a user's first."""
         seconds = np.diff(self.timestamp, prepend=self.timestamp[:1])
         bucket = gap_bucket(seconds)
-        first = self.offsets[:-1][np.diff(self.offsets) > 0]
+        first = self.offsets[:-1][self.lengths > 0]
         bucket[first] = 0
         return bucket
 
@@ -159,7 +176,7 @@ def query_arrays(
       ``segment`` (0 marks padding), and int32 (batch,) ``last``, the place that answers.
     """
     batch = len(histories)
-    counts = np.diff(histories.offsets)
+    counts = histories.lengths
     used = np.minimum(counts, length)
     with_start = (counts < length).astype(np.int64)
     tokens = used + with_start
@@ -227,7 +244,7 @@ def _next_gaps(
     out[:, :-1] = np.where(arrays["segment"][:, 1:] > 0, arrays["gap"][:, 1:], 0)
     newest = np.zeros(len(histories), np.int64)
     newest[rows] = histories.timestamp[source]
-    which = np.flatnonzero(np.diff(histories.offsets))
+    which = np.flatnonzero(histories.lengths)
     passed = (newest if request_time is None else request_time)[which] - newest[which]
     out[which, np.asarray(arrays["last"])[which]] = gap_bucket(passed)
     return out
@@ -269,7 +286,7 @@ class PackedSequences:
     def _windows(
         self, generator: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        counts = np.diff(self.histories.offsets)
+        counts = self.histories.lengths
         users = np.flatnonzero(counts)
         m = counts[users]
         offset = np.where(m > self.length, generator.integers(0, self.length, len(users)), 0)

@@ -273,7 +273,7 @@ class ModelsEngine:
             times = None if request_time is None else request_time[rows]
             read = histories.take(rows)
             # A place more than there are events: the start of a history.
-            places = np.diff(read.offsets) + 1
+            places = read.lengths + 1
             arrays = query_inputs(
                 read, self._length(places), vectors, profile[rows], attributes[rows], times
             )

@@ -28,7 +28,6 @@ from tfrec.serving.answers import STATUS, error_body
 from tfrec.serving.asking import Ask
 from tfrec.serving.exposures import ExposureLog, Shown
 from tfrec.serving.schemas import RecommendBody, ShelvesBody
-from tfrec.serving.served import diversity
 from tfrec.serving.service import (
     Answer,
     BusyError,
@@ -161,10 +160,9 @@ class App:
 
     def _shown(self, request: Request, answer: Answer, user: str | None) -> None:
         """Counts and logs the lists of an answer."""
-        chain = answer.version.chain
         for some in answer.lists.values():
             sources = [item["source"] for item in some.items]
-            self.telemetry.served.record(some.rows, sources, diversity(chain.vectors[some.rows]))
+            self.telemetry.served.record(some.rows, sources, some.diversity)
             if self.exposures is not None and some.items:
                 self.exposures.record(
                     Shown(

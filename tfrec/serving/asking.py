@@ -17,6 +17,7 @@ from tfrec.index import Ragged, TopK
 from tfrec.recommender import Floats, Met, Policy, Ranked, Recommender, Request, Rows, Who, unit
 from tfrec.serving.live import LiveRecommender
 from tfrec.serving.schemas import Past, RecommendBody, Shelf
+from tfrec.serving.served import diversity as diversity_of
 from tfrec.serving.state import Event
 from tfrec.steps import Slate, reranked
 
@@ -62,11 +63,13 @@ class Listed:
       items: As the answer has them.
       rows: int32 (n,), their catalog rows.
       propensity: float32 (n,).
+      diversity: See :func:`diversity`.
     """
 
     items: list[dict[str, Any]]
     rows: Rows
     propensity: Floats
+    diversity: float | None
 
 
 def served_policy(policy: Policy, steps: StepsConfig, finds: int) -> Policy:
@@ -163,16 +166,20 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
     )
     places = slate.before[:k].tolist()
     items = []
-    for place, score, chance, by in zip(
-        places, slate.scores, slate.propensity.tolist(), slate.moved, strict=False
+    for place, score, chance, by, source in zip(
+        places,
+        slate.scores.tolist(),
+        slate.propensity.tolist(),
+        slate.moved,
+        _sources(best, best.rows[places]),
+        strict=False,
     ):
-        item = {**_item(chain, best, place, score), "propensity": chance}
+        source = "exploration" if by == "exploration" else source
+        item = _item(chain, best, place, score, source, chance)
         items.append(item)
-        if by == "exploration":
-            item["source"] = "exploration"
         if ask.body.explain:
             item["explanation"] = _explained(chain, best, place, by)
-    return Listed(items, slate.rows[:k], slate.propensity[:k])
+    return Listed(items, slate.rows[:k], slate.propensity[:k], diversity_of(slate.vectors[:k]))
 
 
 def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: float) -> Slate:
@@ -206,24 +213,30 @@ def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
     return np.maximum(age, 0)
 
 
-def _item(chain: LiveRecommender, best: Ranked, place: int, score: float) -> dict[str, Any]:
+def _item(
+    chain: LiveRecommender, best: Ranked, place: int, score: float, source: str, propensity: float
+) -> dict[str, Any]:
     row = int(best.rows[place])
     return {
         "item_id": chain.catalog.ids[row],
         "title": chain.catalog.titles[row],
-        "score": round(float(score), 6),
-        "source": _source(best, row),
+        "score": round(score, 6),
+        "source": source,
         "attributes": chain.catalog.cells(row),
         "parts": {name: round(float(values[place]), 6) for name, values in best.parts.items()},
+        "propensity": propensity,
     }
 
 
-def _source(best: Ranked, row: int) -> str:
-    """The first of the sources that found an item, those that go by the user before the others."""
-    for name in ("behaviour", "text", "new", "popular"):
-        if name in best.sources and (best.sources[name] == row).any():
-            return name
-    return best.source
+def _sources(best: Ranked, rows: Rows) -> list[str]:
+    """The first source that found each item, those that go by the user before the others."""
+    out: list[str] = [best.source] * len(rows)
+    for name in ("popular", "new", "text", "behaviour"):
+        if name in best.sources:
+            found = (rows[:, None] == best.sources[name]).any(axis=1)
+            for place in np.flatnonzero(found).tolist():
+                out[place] = name
+    return out
 
 
 def _explained(chain: LiveRecommender, best: Ranked, place: int, moved: str) -> dict[str, Any]:

@@ -84,20 +84,17 @@ class Served:
         self._tenth = np.concatenate([self._tenth, np.full(added, TENTHS - 1, np.int8)])
 
 
-def diversity(vectors: ArrayLike) -> float | None:
+def diversity(units: NDArray[np.float32]) -> float | None:
     """Mean of 1 - cosine over the pairs of a list; None: there is no pair.
 
     Args:
-      vectors: float [k, width], of any length; a vector of zeros is like no other.
+      units: float32 [k, width], of length 1; a vector of zeros is like no other.
     """
-    found: NDArray[np.float32] = np.asarray(vectors, np.float32)
-    if len(found) < 2:
+    if len(units) < 2:
         return None
-    lengths = np.sqrt(np.einsum("kd,kd->k", found, found))
-    units = found / np.where(lengths > 0, lengths, 1)[:, None]
-    total = units.sum(0)
-    pairs = len(found) * (len(found) - 1)
-    return 1.0 - float(total @ total - np.count_nonzero(lengths)) / pairs
+    total, alone = units.sum(axis=0), units.ravel()
+    pairs = len(units) * (len(units) - 1)
+    return 1.0 - float(total @ total - alone @ alone) / pairs
 
 
 def _tenths(popularity: NDArray[Any]) -> NDArray[np.int8]:
