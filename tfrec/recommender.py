@@ -951,7 +951,7 @@ class Recommender:
     def _follows(self, request: Request, newest: int) -> Histories:
         """The history that a request brings, after an event at the time ``newest``."""
         names = self.coding.event_names
-        if not any(isinstance(told, Met) for told in request.history):
+        if set(map(type, request.history)) <= {str}:  # several times as fast, and the usual case
             rows = self.catalog.rows(request.history)  # type: ignore[arg-type]
             rows = rows[rows > 0]
             n = len(rows)
@@ -1030,8 +1030,8 @@ class Recommender:
 
 def unit(vectors: Floats) -> Floats:
     """float32 (n, d), vectors of length 1; zeros stay zeros."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(length, 1e-9), np.float32)
+    length = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    return np.asarray(vectors / np.maximum(length, 1e-9)[:, None], np.float32)
 
 
 def scalars(retrieval: Floats, linear: Floats, popularity: Floats) -> Floats:

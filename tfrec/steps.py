@@ -195,9 +195,11 @@ class Seen:
         """See :class:`Filter`."""
         if request.include_seen:
             return history.item[:0]
-        if not any(told.again for told in request.history if not isinstance(told, str)):
+        if set(map(type, request.history)) <= {str}:
             return history.item
         met = chain.met(request)
+        if not any(event.again for event in met):
+            return history.item
         known = history.item[: len(history.item) - len(met)]
         counts = [event.item_id for event in met if not event.again]
         return np.concatenate([known, chain.catalog.rows(counts)])

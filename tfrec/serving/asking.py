@@ -98,8 +98,7 @@ def request_of(ask: Ask, chain: Recommender, steps: StepsConfig) -> Request:
         hidden[event.item_id] = event.event in HIDES
         if event.event not in HIDES:
             history.append(_met(event, chain, steps))
-    for told in ask.body.history:
-        history.append(_past(told, chain) if isinstance(told, Past) else told)
+    history += [_past(h, chain) if isinstance(h, Past) else h for h in ask.body.history]
     body, context = ask.body, ask.body.context
     return Request(
         user_id=body.user_id or "",
