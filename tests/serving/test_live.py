@@ -113,6 +113,15 @@ class TestPut:
         np.testing.assert_allclose(live.text[row], other[0], atol=1e-5)
         assert len(live.index.ids) == ITEMS + 1
 
+    def test_attributes_that_were_shown_are_those_that_it_has_now(self, live):
+        live.put([made(1)])
+        row = live.catalog.row("new1")
+        before = live.attributes_of(row)
+        assert before == live.catalog.cells(row)
+        assert live.attributes_of(row) is before
+        live.put([made(1, attributes={"shade": "black"})])
+        assert live.attributes_of(row) == {"shade": ["black"]}
+
     def test_an_item_of_the_bundle_changes_in_its_place_and_keeps_its_popularity(self, live):
         row = live.catalog.row("i5")
         popular = float(live.popularity[row])

@@ -169,7 +169,8 @@ class Catalog(Table):
 
     def rows(self, item_ids: Iterable[str]) -> NDArray[np.int32]:
         """int32 rows of the given ids; 0 for those not known."""
-        return np.fromiter((self._row_of.get(i, 0) for i in item_ids), np.int32)
+        get = self._row_of.get
+        return np.array([get(item_id, 0) for item_id in item_ids], np.int32)
 
     def having(self, column: str, values: Iterable[str]) -> NDArray[np.int32]:
         """int32 rows, ascending, of the items that have one of the values in an attribute.

@@ -164,21 +164,30 @@ def listed(ask: Ask, best: Ranked, chain: LiveRecommender, steps: StepsConfig) -
         _slate(ask, best, chain, k, steps.diversity if diversity is None else diversity), steps
     )
     places = slate.before[:k].tolist()
-    items = []
-    for place, score, chance, by, source in zip(
+    rows, items = slate.rows[:k], []
+    for row, place, score, parts, chance, by, source in zip(
+        rows.tolist(),
         places,
         slate.scores.tolist(),
+        _parts(best, places),
         slate.propensity.tolist(),
         slate.moved,
-        _sources(best, best.rows[places]),
+        _sources(best, rows),
         strict=False,
     ):
-        source = "exploration" if by == "exploration" else source
-        item = _item(chain, best, place, score, source, chance)
+        item = {
+            "item_id": chain.catalog.ids[row],
+            "title": chain.catalog.titles[row],
+            "score": round(score, 6),
+            "source": "exploration" if by == "exploration" else source,
+            "attributes": chain.attributes_of(row),
+            "parts": parts,
+            "propensity": chance,
+        }
         items.append(item)
         if ask.body.explain:
             item["explanation"] = _explained(chain, best, place, by)
-    return Listed(items, slate.rows[:k], slate.propensity[:k], diversity_of(slate.vectors[:k]))
+    return Listed(items, rows, slate.propensity[:k], diversity_of(slate.vectors[:k]))
 
 
 def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: float) -> Slate:
@@ -186,7 +195,7 @@ def _slate(ask: Ask, best: Ranked, chain: LiveRecommender, k: int, diversity: fl
     rows = best.rows.tolist()
 
     def values(column: str) -> list[list[str]]:
-        return [chain.catalog.cells(row).get(column, []) for row in rows]
+        return [chain.attributes_of(row).get(column, []) for row in rows]
 
     return Slate(
         rows=best.rows,
@@ -212,19 +221,12 @@ def _ages(chain: LiveRecommender, rows: list[int]) -> NDArray[np.float64]:
     return np.maximum(age, 0)
 
 
-def _item(
-    chain: LiveRecommender, best: Ranked, place: int, score: float, source: str, propensity: float
-) -> dict[str, Any]:
-    row = int(best.rows[place])
-    return {
-        "item_id": chain.catalog.ids[row],
-        "title": chain.catalog.titles[row],
-        "score": round(score, 6),
-        "source": source,
-        "attributes": chain.catalog.cells(row),
-        "parts": {name: round(float(values[place]), 6) for name, values in best.parts.items()},
-        "propensity": propensity,
-    }
+def _parts(best: Ranked, places: list[int]) -> list[dict[str, float]]:
+    """What each part of the score gave the items in these places."""
+    if not best.parts:
+        return [{} for _ in places]
+    table = np.array([values[places] for values in best.parts.values()], np.float64)
+    return [dict(zip(best.parts, row, strict=True)) for row in table.T.round(6).tolist()]
 
 
 def _sources(best: Ranked, rows: Rows) -> list[str]:

@@ -20,6 +20,8 @@ from tfrec.serving.state import Item
 
 Floats = NDArray[np.float32]
 
+_SHOWN = 10_000  # items whose attributes are kept as answers have them
+
 
 class LiveRecommender(Recommender):
     """A recommender whose items change; one thread at a time may use it.
@@ -49,8 +51,10 @@ class LiveRecommender(Recommender):
         }
         live._take_grown()
         live.created, live.deleted, live.marks = {}, set(), None
+        live._attributes = {}
         return live
 
+    _attributes: dict[int, dict[str, list[str]]]
     _vectors: Growing | GrowingRows
     _grown: dict[str, Growing]
 
@@ -63,6 +67,15 @@ class LiveRecommender(Recommender):
         """See :meth:`Recommender.mark`."""
         if self.marks is not None:
             self.marks(stage)
+
+    def attributes_of(self, row: int) -> dict[str, list[str]]:
+        """Attribute -> values of an item, not to be written to: they are kept for the next time."""
+        found = self._attributes.get(row)
+        if found is None:
+            if len(self._attributes) >= _SHOWN:
+                self._attributes.clear()
+            found = self._attributes[row] = self.catalog.cells(row)
+        return found
 
     def text_of(self, item: Item) -> str:
         """What the BERT reads of an item: its text, else what `prepare` makes of the columns."""
@@ -116,6 +129,7 @@ class LiveRecommender(Recommender):
             ):
                 self._grown[name].put(row, np.asarray(value, np.float32))
             self._vectors.put(row, candidates[place])
+            self._attributes.pop(row, None)
             self.created[row] = item.created or time.time()
             self.deleted.discard(row)
         self._take_grown()
