@@ -59,6 +59,22 @@ def test_an_item_added_since_belongs_to_the_least_popular(served):
     assert found["popularity_deciles"] == pytest.approx([1 / 3, *[0] * 8, 2 / 3], abs=1e-6)
 
 
+def test_many_lists_are_counted_as_one_by_one(served):
+    rng = np.random.default_rng(1)
+    met, tenths = set(), np.zeros(10)
+    for number in range(200):
+        rows = rng.choice(np.arange(1, 31), 5, replace=False)  # the last ten were added since
+        met.update(rows.tolist())
+        tenths += np.bincount(np.minimum((rows - 1) // 2, 9), minlength=10)
+        served.record(rows, ["text"] * 5, number % 2 or None)
+        if number % 50 == 0:
+            found = served.summary()
+            assert (found["lists"], found["distinct_items"]) == (number + 1, len(met))
+    found = served.summary()
+    assert found["popularity_deciles"] == pytest.approx(tenths / 1000, abs=1e-6)
+    assert (found["sources"], found["diversity"]) == ({"text": 1000}, 1.0)
+
+
 def test_an_empty_list_is_a_list(served):
     served.record([], [])
     assert served.summary()["lists"] == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 TENTHS = 10
+_TOGETHER = 64  # lists that are counted at once, in a tenth of the time
 
 
 class Served:
@@ -28,9 +31,10 @@ class Served:
         self._times = np.zeros(len(self._tenth), np.int64)
         self._lock = threading.Lock()
         self._by_tenth = np.zeros(TENTHS, np.int64)
-        self._sources: dict[str, int] = {}
+        self._sources: Counter[str] = Counter()
         self._diverse, self._diversity = 0, 0.0
-        self.lists = self.distinct = 0
+        self._lists = self._distinct = 0
+        self._held: list[tuple[ArrayLike, Sequence[str], float | None]] = []
 
     def record(
         self, rows: ArrayLike, sources: Sequence[str], diversity: float | None = None
@@ -42,19 +46,28 @@ class Served:
           sources: Where each is from: ``behaviour``, ``text``, ``popular``, ...
           diversity: :func:`diversity` of the list; None: not known.
         """
-        places = np.asarray(rows, np.int64)
         with self._lock:
-            if len(places) and (last := int(places.max())) >= len(self._times):
-                self._grow(last + 1)
-            self.distinct += int(np.count_nonzero(self._times[places] == 0))
-            self._times[places] += 1
-            self._by_tenth += np.bincount(self._tenth[places], minlength=TENTHS)
-            for source in sources:
-                self._sources[source] = self._sources.get(source, 0) + 1
-            self.lists += 1
-            if diversity is not None:
-                self._diverse += 1
-                self._diversity += diversity
+            self._held.append((rows, sources, diversity))
+            if len(self._held) >= _TOGETHER:
+                self._count()
+
+    def _count(self) -> None:
+        """Counts the lists that are held."""
+        if not self._held:
+            return
+        lists, of_sources, diversities = zip(*self._held, strict=True)
+        self._held = []
+        places = np.concatenate([np.asarray(rows, np.int64) for rows in lists])
+        if len(places) and (last := int(places.max())) >= len(self._times):
+            self._grow(last + 1)
+        self._distinct += len(np.unique(places[self._times[places] == 0]))
+        np.add.at(self._times, places, 1)
+        self._by_tenth += np.bincount(self._tenth[places], minlength=TENTHS)
+        self._sources.update(itertools.chain(*of_sources))
+        known = [found for found in diversities if found is not None]
+        self._lists += len(lists)
+        self._diverse += len(known)
+        self._diversity += sum(known)
 
     def resized(self, items: int) -> None:
         """Says how many items there are now that some were added or deleted."""
@@ -67,12 +80,13 @@ class Served:
         ``diversity`` is None as long as there is none.
         """
         with self._lock:
+            self._count()
             places = max(1, int(self._by_tenth.sum()))
             return {
-                "lists": self.lists,
-                "distinct_items": self.distinct,
+                "lists": self._lists,
+                "distinct_items": self._distinct,
                 "catalog": self.catalog,
-                "coverage": round(min(1.0, self.distinct / max(1, self.catalog)), 6),
+                "coverage": round(min(1.0, self._distinct / max(1, self.catalog)), 6),
                 "popularity_deciles": [round(n / places, 6) for n in self._by_tenth.tolist()],
                 "diversity": round(self._diversity / self._diverse, 6) if self._diverse else None,
                 "sources": dict(self._sources),
