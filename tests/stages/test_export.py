@@ -96,7 +96,7 @@ class TestExport:
         )
         assert set(told["models"]) == {"query", "candidate", "rank", "text"}
         assert told["models"]["query"]["inputs"]["vectors"] == {
-            "shape": [-1, 8, 8],
+            "shape": [-1, -1, 8],
             "dtype": "float32",
         }
         retrieval = Artifact.peek(run / "adapt" / "retrieval")
