@@ -21,7 +21,7 @@ from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.models import litert
 from tfrec.models.bert import tensors
 from tfrec.models.engine import load_recommender
-from tfrec.models.keras_bridge import tf_keras
+from tfrec.models.keras_bridge import tf, tf_keras
 from tfrec.models.ranking import Ranker
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.text import TextEncoder
@@ -247,6 +247,19 @@ class TestTowers:
             np.testing.assert_allclose(
                 found.encode_query(*alone), model.encode_query(*alone), atol=1e-5
             )
+
+    def test_a_model_of_whole_rows_is_read_as_well(self, tmp_path):
+        model, asked = queries(small_config(history=40), counts=(0, 3, 40, 60, 1))
+        call, signature = litert.query_function(model)
+        whole = {
+            name: tf.TensorSpec([None, *(size or 40 for size in spec.shape[1:])], spec.dtype)
+            for name, spec in signature.items()
+        }
+        (tmp_path / "query.tflite").write_bytes(litert.convert(call, whole, False))
+        found = LiteRTEngine(tmp_path, 40, copies=2)
+        np.testing.assert_allclose(
+            found.encode_query(*asked), model.encode_query(*asked), atol=1e-5
+        )
 
     def test_without_profiles_and_attributes(self, tmp_path):
         model, asked = queries(small_config(), profile=0, attributes=0)

@@ -32,7 +32,7 @@ _TOKENS = 128
 """Tokens of a batch of texts. More make the products hardly faster, and attention dearer."""
 _QUERIES = 4
 _AT_ONCE = 64  # of them, whose inputs are made together
-_PLACES = 16  # the query tower reads a multiple of so many
+_PLACES = 16  # of a row of the query tower, of which it reads a multiple
 _CELLS = 1 << 14  # numbers of candidates' vectors that the ranker is given at a time
 """A batch is cut so small that what its layers give each other stays in the processor's cache."""
 _HALVED = 128  # candidates of one user from which on two copies of the ranker share them
@@ -70,6 +70,7 @@ class LiteRTModel:
         except (ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path} is not a LiteRT model: {error}") from None
         self._place = {detail["name"]: detail["index"] for detail in inputs}
+        self.shapes = {d["name"]: tuple(d["shape_signature"].tolist()) for d in inputs}
         self._out = self._interpreter.get_output_details()[0]["index"]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._lock = threading.Lock()
@@ -108,6 +109,7 @@ class Copies:
 
     def __init__(self, path: str | os.PathLike[str], copies: int) -> None:
         self.models = [LiteRTModel(path, 1) for _ in range(copies)]
+        self.shapes = self.models[0].shapes
         self._pool = ThreadPoolExecutor(copies - 1, "model") if copies > 1 else None
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Floats:
@@ -206,10 +208,14 @@ class ModelsEngine:
       models: The models.
       history: Places of a row that the query tower reads.
       tasks: What the ranker predicts, in its order; empty: there is none.
+      step: The query tower reads a multiple of so many places, or ``history``.
     """
 
-    def __init__(self, models: Models, history: int, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, models: Models, history: int, tasks: Sequence[str] = (), step: int = _PLACES
+    ) -> None:
         self.models, self.history, self.tasks = models, history, tuple(tasks)
+        self.step = step
 
     def check(self) -> str:
         """One line on whether the server is there that runs them; empty: they need none."""
@@ -310,7 +316,7 @@ class ModelsEngine:
 
     def _length(self, places: NDArray[np.int64]) -> int:
         """Places of the shortest row that has room for all of these, or of the longest."""
-        return min(self.history, -(-int(places.max()) // _PLACES) * _PLACES)
+        return min(self.history, -(-int(places.max()) // self.step) * self.step)
 
     def _text_model(self) -> TextModel:
         if self.models.text is None:
@@ -357,7 +363,7 @@ class LiteRTEngine(ModelsEngine):
     ) -> None:
         source = Path(folder)
 
-        def model(name: str) -> Model | None:
+        def model(name: str) -> Copies | LiteRTModel | None:
             path = source / f"{name}.tflite"
             if not path.is_file():
                 return None
@@ -369,7 +375,9 @@ class LiteRTEngine(ModelsEngine):
         if tasks and rank is None:
             raise ArtifactError(f"{source} has no rank.tflite; export the model again")
         text = TextModel(source / "text", threads) if (source / "text").is_dir() else None
-        super().__init__(Models(query, candidate, rank, text), history, tasks)
+        free = query.shapes["segment"][1] < 0  # that of an older bundle reads whole rows only
+        models = Models(query, candidate, rank, text)
+        super().__init__(models, history, tasks, _PLACES if free else history)
 
 
 def recommender_of(bundle: Bundle, threads: int = 0, copies: int = 0) -> Recommender:

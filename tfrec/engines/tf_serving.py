@@ -181,7 +181,7 @@ class TfServingEngine(ModelsEngine):
             candidate=here.candidate and self._served(_CANDIDATE, "candidate", "", here.candidate),
             rank=here.rank and self._served(_RANK, "tasks", "candidates", here.rank),
         )
-        super().__init__(models, local.history, local.tasks)
+        super().__init__(models, local.history, local.tasks, local.step)
 
     def check(self) -> str:
         """Looks whether the server has this version and answers alike; says so in one line.
