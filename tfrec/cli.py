@@ -465,6 +465,11 @@ def _add_compress(verbs: Verbs) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether the text encoder has int8 weights in the end (yes)",
     )
+    how.add_argument(
+        "--qat",
+        action="store_true",
+        help="towers and ranker learn to work with int8 kernels (compress.qat)",
+    )
     _add_set(how, "compress.updates=2000")
     how.add_argument("--seed", metavar="N", help="same as --set seed=N")
     budget = verb.add_argument_group("the budget")
@@ -489,6 +494,8 @@ def _compress(arguments: argparse.Namespace) -> int:
             settings.append(f"compress.{name}={getattr(arguments, name)}")
     if arguments.pattern is not None:
         settings.append(f"compress.pattern={json.dumps(arguments.pattern)}")
+    if arguments.qat:
+        settings.append("compress.qat=true")
     if arguments.int8 is not None:
         settings.append(f"compress.int8={json.dumps(arguments.int8)}")
     if arguments.student is not None:

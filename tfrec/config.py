@@ -490,7 +490,7 @@ class CompressConfig(Section):
     )
     parts: list[CompressPart] = Field(
         default_factory=lambda: list(get_args(CompressPart)),
-        description="what is pruned, among text, towers, ranker",
+        description="what is pruned or learns int8, among text, towers, ranker",
     )
     prune: float = Field(0.0, ge=0, lt=1, description="share of the kernels' weights made zero")
     pattern: Literal["unstructured", "block", "2:4"] = Field(
@@ -504,6 +504,7 @@ class CompressConfig(Section):
     neurons: int = Field(0, ge=0, description="feed-forward neurons that stay; 0: all")
     width: int = Field(0, ge=0, description="of the BERT inside; 0: as it is")
     int8: bool = Field(True, description="the text encoder has int8 weights in the end")
+    qat: bool = Field(False, description="towers and ranker learn to work with int8 kernels")
     users: int = Field(4096, ge=1, description="users that the towers and the ranker learn from")
     seconds: float = Field(2.0, gt=0, description="how long each of the times is measured")
 

@@ -10,7 +10,8 @@ from tfrec.errors import InputError
 from tfrec.models import distillation
 from tfrec.models.distillation import Distiller, Examples, Texts, directions
 from tfrec.models.keras_bridge import set_seed, tf, tf_keras
-from tfrec.models.pruning import Pruner, Sparsity, kernels, zeros_of
+from tfrec.models.named import kernels
+from tfrec.models.pruning import Pruner, Sparsity, zeros_of
 from tfrec.models.text import TextEncoder
 from tfrec.training import Trainer
 

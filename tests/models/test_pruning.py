@@ -9,7 +9,8 @@ from tiny_bert import write_tiny_bert
 
 from tfrec.errors import ConfigError
 from tfrec.models.keras_bridge import tf, tf_keras
-from tfrec.models.pruning import Pruner, Sparsity, kernels, zeros_of
+from tfrec.models.named import kernels
+from tfrec.models.pruning import Pruner, Sparsity, zeros_of
 from tfrec.models.text import TextEncoder
 
 STEPS = 40

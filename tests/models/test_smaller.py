@@ -13,8 +13,8 @@ from tfrec.errors import ConfigError, InputError
 from tfrec.models import smaller as module
 from tfrec.models.bert import heads_of
 from tfrec.models.keras_bridge import tf
-from tfrec.models.named import named_variables
-from tfrec.models.pruning import Pruner, Sparsity, kernels
+from tfrec.models.named import kernels, named_variables
+from tfrec.models.pruning import Pruner, Sparsity
 from tfrec.models.smaller import smaller, sparse, staying, thinned
 from tfrec.models.text import TextEncoder
 from tfrec.models.tuning import tune_text

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import checkerboard as board
@@ -14,6 +16,8 @@ from tfrec.artifact import Artifact
 from tfrec.config import Config
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender
+from tfrec.models.int8 import holds
+from tfrec.models.named import kernels
 from tfrec.models.pruning import zeros_of
 from tfrec.recommender import Request
 from tfrec.report.proof import KNOWN, NEW, Budget
@@ -132,6 +136,73 @@ class TestPruned:
         compress.run(config("compress.prune=0.5", "seed=2"), run, ANY)
         after = Artifact.load(run / "compress" / "pruned-0.5-int8" / "adapt" / "retrieval")
         assert before.digest != after.digest
+
+
+@pytest.fixture(scope="module")
+def learned(run):
+    """The report on towers and a ranker that learned to be int8."""
+    return compress.run(config("compress.qat=true", "compress.users=64"), run, ANY)
+
+
+class TestLearningInt8:
+    def test_kernels_of_towers_and_ranker_are_int8(self, run, learned):
+        assert [model["key"] for model in tree_of(learned)["models"]] == [
+            "float",
+            "int8",
+            "qat-int8",
+        ]
+        engine = load_recommender(run / "compress" / "qat-int8").engine
+        before = load_recommender(run).engine
+        for name in ("two_tower", "ranker"):
+            found, old = kernels(getattr(engine, name)), kernels(getattr(before, name))
+            assert found
+            assert all(holds(kernel.numpy()) for kernel in found.values())
+            assert not any(holds(kernel.numpy()) for kernel in old.values())
+
+    def test_its_towers_are_exported_in_int8(self, run, learned, tmp_path):
+        sizes = []
+        for source in (run, run / "compress" / "qat-int8"):
+            out = tmp_path / str(len(sizes))
+            export.run(source, out, saved_models=False)
+            assert [finding for finding in verify.run(out) if not finding.ok] == []
+            sizes.append((out / "versions" / "1" / "litert" / "query.tflite").stat().st_size)
+        assert sizes[1] < sizes[0]
+
+    def test_it_is_for_int8(self, run):
+        with pytest.raises(ConfigError, match=r"compress\.int8 = true"):
+            compress.run(config("compress.qat=true", "compress.int8=false"), run)
+
+
+MIRRORED = """
+import sys
+from tfrec.models.keras_bridge import tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from tfrec.config import Config
+from tfrec.report.proof import Budget
+from tfrec.stages import compress
+found = Config.load("files", sys.argv[2:])
+compress.run(found, sys.argv[1], Budget(loss=0.999))
+"""
+
+
+def test_two_devices_make_the_same_kind_of_model(untouched, tmp_path):
+    shutil.copytree(untouched, tmp_path / "run", symlinks=True)
+    told = config("compress.prune=0.5", "compress.qat=true", "compress.distribution=mirrored")
+    settings = [
+        f"{section}.{name}={json.dumps(value)}"
+        for section in ("compress", "evaluate")
+        for name, value in told.model_dump(mode="json")[section].items()
+    ]
+    asked = [sys.executable, "-c", MIRRORED, str(tmp_path / "run"), *settings]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = load_recommender(tmp_path / "run" / "compress" / "pruned-0.5-qat-int8")
+    for model in (made.engine.text_encoder, made.engine.two_tower, made.engine.ranker):
+        np.testing.assert_allclose(list(zeros_of(model).values()), 0.5, atol=0.02)
+    for model in (made.engine.two_tower, made.engine.ranker):
+        assert all(holds(kernel.numpy()) for kernel in kernels(model).values())
+    assert len(made.recommend([Request(history=("i2", "i4"))], k=5)[0]) == 5
 
 
 def test_a_training_that_was_killed_goes_on(untouched, tmp_path, monkeypatch):

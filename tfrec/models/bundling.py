@@ -23,6 +23,8 @@ from tfrec.golden import Golden
 from tfrec.index import ExactIndex
 from tfrec.models import litert, serving
 from tfrec.models.engine import TensorFlowEngine
+from tfrec.models.int8 import holds
+from tfrec.models.named import kernels
 from tfrec.models.text import TextEncoder
 from tfrec.models.weights import find
 from tfrec.recommender import Floats, Recommender
@@ -117,7 +119,10 @@ def write(
         if not isinstance(recommender.index, ExactIndex):  # that is made anew as fast as read
             recommender.index.save(folder / "index")
         step("models")
-        models = _write_models(recommender, engine, text, folder / "litert", int8)
+        # Towers win no time by int8 and lose by it, unless they have learned to work with it.
+        found = [variable.numpy() for variable in kernels(engine.two_tower).values()]
+        learned = int8 and bool(found) and all(holds(kernel) for kernel in found)
+        models = _write_models(recommender, engine, text, folder / "litert", int8, learned)
         step("SavedModels")
         left_out: dict[str, str] = {}
         if saved_models:
@@ -135,8 +140,8 @@ def write(
         "history": engine.two_tower.config.history,
         "items": recommender.catalog.num_items,
         "users": len(recommender.users),
-        "text_int8": int8,
-        "rank_int8": int8,
+        **{f"{name}_int8": int8 for name in ("text", "rank")},
+        **{f"{name}_int8": learned for name in ("query", "candidate")},
         "arrays_int8": int8,
     }
 
@@ -176,16 +181,18 @@ def _write_models(
     text: str,
     folder: Path,
     int8: bool,
+    towers_int8: bool,
 ) -> dict[str, Any]:
     """The LiteRT models; returns what each takes and gives."""
     folder.mkdir()
     features = recommender.catalog.features.shape[1]
+    width, towers = recommender.text.shape[1], engine.two_tower
     blobs = {
-        "query": litert.query_model(engine.two_tower),
-        "candidate": litert.candidate_model(engine.two_tower, recommender.text.shape[1], features),
+        "query": litert.query_model(towers, towers_int8),
+        "candidate": litert.candidate_model(towers, width, features, towers_int8),
         "rank": litert.rank_model(engine.ranker, int8) if engine.ranker is not None else None,
     }
-    if recommender.text.shape[1]:
+    if width:
         read = [text for text in recommender.catalog.texts if text]
         blobs["text/model"] = litert.text_model(engine.text_encoder, int8, read)
         _write_text(engine.text_encoder, text, folder / "text")

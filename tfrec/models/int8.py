@@ -22,6 +22,7 @@ Settle = Callable[[int, Wide], Wide]
 LARGEST = 127
 _SHARE = 0.6  # of a channel's size that the kernel takes over
 _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ
+_A_STEP = 1e-3  # of rounding, in steps
 _BLOCK = 128  # channels whose errors are made good together
 
 
@@ -44,6 +45,13 @@ class Inputs:
         """Takes in float32 (n, width)."""
         self.largest = np.maximum(self.largest, np.abs(values).max(axis=0))
         self.gram += values.T @ values
+
+
+def holds(kernel: Matrix) -> bool:
+    """Whether int8 with a scale for each column holds float32 (in, out) as it is."""
+    steps = np.abs(kernel).max(axis=0) / LARGEST
+    codes = kernel / np.maximum(steps, 1e-12)
+    return bool(np.abs(codes - np.round(codes)).max(initial=0) < _A_STEP)
 
 
 def balanced(kernel: Matrix, largest: NDArray[np.float32]) -> NDArray[np.float32]:

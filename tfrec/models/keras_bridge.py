@@ -36,6 +36,7 @@ _LOADED_WHEN_ASKED_FOR = {
     "flatbuffers": "tensorflow.lite.tools.flatbuffer_utils",
     "freezing": "tensorflow.python.framework.convert_to_constants",
     "tfmot": "tensorflow_model_optimization.sparsity.keras",
+    "tfmot_quantizers": "tensorflow_model_optimization.quantization.keras.quantizers",
     # TF-MOT prunes variables only inside of layers that it has wrapped.
     "tfmot_pruning": "tensorflow_model_optimization.python.core.sparsity.keras.pruning_impl",
 }

@@ -18,6 +18,8 @@ from tfrec.models.keras_bridge import Hosted, tf, tf_keras
 
 Arrays = dict[str, NDArray[Any]]
 
+_LEAST_KERNEL = 1024  # weights: zeros or int8 win nothing in smaller ones, and LiteRT leaves them
+
 
 def named_variables(layer: Any) -> dict[str, Any]:
     """The weights of a built tf_keras layer or model, hosted Keras 3 models included.
@@ -34,6 +36,21 @@ def named_variables(layer: Any) -> dict[str, Any]:
     unnamed = [v.name for v in layer.trainable_variables if id(v) not in seen]
     assert not unnamed, f"{layer.name} has weights that no attribute leads to: {unnamed}"
     return found
+
+
+def kernels(model: Any) -> dict[str, Any]:
+    """The kernels of a model's matrix products by name; tables, norms and biases are none.
+
+    A BERT's pooler is left out, as no vector of ours passes it, and so is what is small.
+    """
+    return {
+        name: variable
+        for name, variable in named_variables(model).items()
+        if name.rpartition("/" if "/" in name else ".")[2] == "kernel"
+        and len(variable.shape) > 1
+        and variable.shape.num_elements() >= _LEAST_KERNEL
+        and "pooled_dense" not in name
+    }
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from tfrec.errors import ConfigError
 from tfrec.models.keras_bridge import tf, tf_keras, tfmot, tfmot_pruning
-from tfrec.models.named import named_variables
+from tfrec.models.named import kernels
 
 Pattern = Literal["unstructured", "block", "2:4"]
 Shape = Literal["polynomial", "constant"]
 
-_LEAST = 1024  # weights of a kernel: smaller ones win nothing
 _BLOCK = (1, 4)
 _UPDATES = 30  # of the masks, in a training
 _RISE = 0.6  # of a training's steps; the rest heals
@@ -65,21 +64,6 @@ class Sparsity:
         if self.schedule == "constant" or self.pattern == "2:4":
             return tfmot.ConstantSparsity(self.share, begin_step=1, end_step=1, frequency=1)
         return tfmot.PolynomialDecay(0.0, self.share, begin_step=0, end_step=end, frequency=every)
-
-
-def kernels(model: Any) -> dict[str, Any]:
-    """The kernels of a model's matrix products by name; tables, norms and biases are none.
-
-    A BERT's pooler is left out, as no vector of ours passes it, and so is what is small.
-    """
-    return {
-        name: variable
-        for name, variable in named_variables(model).items()
-        if name.rpartition("/" if "/" in name else ".")[2] == "kernel"
-        and len(variable.shape) > 1
-        and variable.shape.num_elements() >= _LEAST
-        and "pooled_dense" not in name
-    }
 
 
 def zeros_of(model: Any) -> dict[str, float]:

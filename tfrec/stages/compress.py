@@ -50,8 +50,9 @@ from tfrec.models.engine import (
 )
 from tfrec.models.inputs import encoded
 from tfrec.models.keras_bridge import set_seed, tf
-from tfrec.models.named import named_variables, save
-from tfrec.models.pruning import Pruner, Sparsity, kernels
+from tfrec.models.named import kernels, named_variables, save
+from tfrec.models.pruning import Pruner, Sparsity
+from tfrec.models.quantising import dense_layers, learning, settle
 from tfrec.models.retrieval import TwoTower
 from tfrec.models.smaller import check, inputs_of, smaller, sparse
 from tfrec.models.text import TextEncoder
@@ -145,7 +146,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether weights change."""
-        return bool(self.config.prune or self.structure)
+        return bool(self.config.prune or self.config.qat or self.structure)
 
     @property
     def structure(self) -> dict[str, int]:
@@ -164,12 +165,13 @@ class Plan:
         if config.prune:
             pattern = {"unstructured": "", "block": "-block", "2:4": "-2of4"}[config.pattern]
             parts.append(f"pruned-{config.prune:g}{pattern}")
+        parts += ["qat"] if config.qat else []
         parts += [INT8] if config.int8 else [] if parts else [FLOAT]
         return "-".join(parts)
 
     def told(self, path: Path) -> dict[str, Any]:
         """What the report says of it."""
-        asked = {n: getattr(self.config, n) for n in (*_KNOBS, "pattern", "int8")}
+        asked = {n: getattr(self.config, n) for n in (*_KNOBS, "pattern", "qat", "int8")}
         return {"key": self.key, "settings": asked, "path": path.as_posix()}
 
 
@@ -275,7 +277,7 @@ class _Job:
         if unknown:
             raise ConfigError(f"compress.{unknown[0]} is of a text encoder, and this run has none")
         mine = Plan(self.settings, self.shape)
-        plain = self.settings.model_copy(update=dict.fromkeys(_KNOBS, 0))
+        plain = self.settings.model_copy(update={**dict.fromkeys(_KNOBS, 0), "qat": False})
         plans = [
             Plan(plain.model_copy(update={"int8": int8}), self.shape) for int8 in (False, True)
         ]
@@ -294,6 +296,8 @@ class _Job:
         _ = self.placement
         if config.prune:
             Sparsity(config.prune, config.pattern, config.prune_schedule)
+        if config.qat and not config.int8:
+            raise ConfigError("compress.qat learns for int8; set compress.int8 = true too")
         if self.encoder is not None:
             check(self.encoder, **{name: getattr(config, name) or None for name in self.shape})
         if apart in APART:
@@ -459,8 +463,8 @@ class _Making:
                 first = first or digest
             vectors = read_array(job.retrieval.file(f"{cut}/vectors.npy"))
             known = _with_ids(two_tower, old_text, features, vectors)
-            if self.config.prune and "towers" in self.config.parts:
-                self._prune_towers(two_tower, cut, old_text, text, profile, vectors, known)
+            if self._learns("towers"):
+                self._teach_towers(two_tower, cut, old_text, text, profile, vectors, known)
             new = two_tower.encode_candidate(text, features, known)
             new[0] = 0
             np.save(folder / cut / "vectors.npy", new)
@@ -514,10 +518,10 @@ class _Making:
         )
         rising = prune and self.config.prune_schedule == "polynomial"
         sizes = inputs_of(student, texts) if rising else {}
-        self._teach(student, losses, parts, batches, prune, f"text-{cut}", "texts", sizes)
+        self._teach(student, losses, parts, batches, f"text-{cut}", "texts", prune, False, sizes)
         return student
 
-    def _prune_towers(
+    def _teach_towers(
         self,
         towers: TwoTower,
         cut: str,
@@ -527,7 +531,7 @@ class _Making:
         vectors: Floats,
         known: NDArray[np.int32],
     ) -> None:
-        """The towers learn, sparse, to give the vectors that they gave dense."""
+        """The towers learn, sparse or with int8 kernels, to give the vectors that they gave."""
         job = self.job
         features = job.dataset.catalog.features
         history, users = self._asked(cut)
@@ -551,7 +555,7 @@ class _Making:
                 )
             )
             batches = self._examples(candidates)
-            self._teach(tower, losses, parts, batches, True, f"candidate-{cut}", "candidates")
+            self._teach(tower, losses, parts, batches, f"candidate-{cut}", "candidates")
         new = towers.encode_candidate(text, features, known)
         new[0] = 0
         inputs = query_inputs(history, towers.config.history, new, *arrays)
@@ -563,7 +567,7 @@ class _Making:
         batches = self._examples({**inputs, "told": told})
         tower = towers.query_tower
         if kernels(tower):
-            self._teach(tower, losses, parts, batches, True, f"query-{cut}", "queries")
+            self._teach(tower, losses, parts, batches, f"query-{cut}", "queries")
 
     def _asked(self, cut: str) -> tuple[Histories, NDArray[np.int64]]:
         """Histories of users, each as it is and up to a random place, and whose they are."""
@@ -580,7 +584,7 @@ class _Making:
 
     def _ranking(self, found: Artifact, folder: Path) -> None:
         """Leaves the ranker: that of the run, or a sparse one."""
-        if not self.config.prune or "ranker" not in self.config.parts:
+        if not self._learns("ranker"):
             if not folder.is_symlink():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.symlink_to(Path("..", "..", "..", "adapt", "ranking"))
@@ -599,11 +603,11 @@ class _Making:
                 ranker = load_ranker(found, read_json(found.file("model.json")))
             if ranker is not None and kernels(ranker):
                 with disk_errors(folder):
-                    self._prune_ranker(ranker, found)
+                    self._teach_ranker(ranker, found)
                 save(draft.path / WEIGHTS, named_variables(ranker))
 
-    def _prune_ranker(self, ranker: Any, found: Artifact) -> None:
-        """It learns, sparse, to say of candidates what it said of them dense."""
+    def _teach_ranker(self, ranker: Any, found: Artifact) -> None:
+        """It learns, sparse or with int8 kernels, to say of candidates what it said of them."""
         recommender = recommender_of(self.job.dataset, self.job.retrieval, found, self.job.cuts[0])
         asked = min(max(self.config.users // _CANDIDATES_AS_USERS, 1), BLOCK)
         inputs, answers = _recorded(recommender, asked, self.job.config.seed)
@@ -617,9 +621,13 @@ class _Making:
         )
         arrays = {**inputs, "told": told, "scale": np.broadcast_to(scale, told.shape)}
         batches = self._examples(arrays, _CANDIDATES_AS_USERS)
-        self._teach(ranker, losses, parts, batches, True, "ranker", "ranker")
+        self._teach(ranker, losses, parts, batches, "ranker", "ranker")
 
     # --- teaching ---
+
+    def _learns(self, part: str) -> bool:
+        """Whether the towers or the ranker learn anything."""
+        return part in self.config.parts and bool(self.config.prune or self.config.qat)
 
     def _examples(self, arrays: Mapping[str, Any], of: int = 1) -> distillation.Examples:
         return distillation.Examples(
@@ -635,31 +643,40 @@ class _Making:
         losses: distillation.Loss,
         parts: Sequence[str],
         batches: Any,
-        prune: bool,
         name: str,
         title: str,
+        prune: bool = True,
+        int8: bool = True,
         inputs: Mapping[int, Floats] | None = None,
     ) -> Progress:
-        """Trains; a training that was killed goes on from its last checkpoint."""
+        """Trains; a training that was killed goes on from its last checkpoint.
+
+        ``prune`` and ``int8`` are false where the settings' pruning, and their learning of int8,
+        are not for this part.
+        """
         steps = batches.steps_per_epoch
         epochs = self.config.epochs or max(round(self.config.updates / steps), 1)
         sparsity = (
             Sparsity(self.config.prune, self.config.pattern, self.config.prune_schedule)
-            if prune
+            if prune and self.config.prune
             else None
         )
+        rounded = dense_layers(student) if int8 and self.config.qat else []
+        losses = learning(rounded, losses) if rounded else losses
         with self.job.placement.strategy.scope():
             pruner = None
             if sparsity is not None:
                 pruner = Pruner(kernels(student), sparsity, epochs * steps, inputs)
             model = distillation.Distiller(student, losses, parts, pruner)
-        told = self.config.model_dump(include=set(TrainingConfig.model_fields))
-        told |= {"epochs": epochs, "batch_size": self.job.placement.replicas}
+        said = self.config.model_dump(include=set(TrainingConfig.model_fields))
+        said |= {"epochs": epochs, "batch_size": self.job.placement.replicas}
         # No average of the weights: it would fill the zeros again.
-        one = TrainingConfig(**told, ema=0.0)
-        return Trainer(model, one, self.job.placement).fit(
+        one = TrainingConfig(**said, ema=0.0)
+        told = Trainer(model, one, self.job.placement).fit(
             batches, work_dir=self.work / name, title=f"{self.plan.key}, {title}"
         )
+        settle(rounded)
+        return told
 
 
 def _zeros(recommender: Recommender) -> dict[str, Any]:
