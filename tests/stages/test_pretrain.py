@@ -126,6 +126,19 @@ class TestAdapting:
         parents = Artifact.load(out / "adapt" / "retrieval").parents
         assert parents["encoder"] == Artifact.load(out / "pretrain").digest
 
+    def test_where_nothing_moves_it_is_said_and_measured_as_it_came(
+        self, folder, finished, tmp_path, capsys
+    ):
+        out = copy(finished, tmp_path)
+        frozen = ("adapt.encoder=pretrain", "adapt.tuning.behaviour=head", "adapt.refit=false")
+        adapt.run(config(folder, *frozen), out, "retrieval")
+        told = capsys.readouterr().err
+        assert "adapt.tuning.behaviour = head moves none" in told
+        encoder = PretrainedEncoder.load(out / "pretrain")
+        model = load_recommender(out, "select").engine.two_tower
+        for name, variable in named.named_variables(model).items():
+            np.testing.assert_array_equal(variable.numpy(), encoder.weights[name])
+
     def test_somebody_new_may_bring_a_profile(self, folder, finished, tmp_path):
         out = copy(finished, tmp_path)
         adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")

@@ -309,6 +309,12 @@ class _Retrieval:
     def select(self) -> Progress:
         """Trains on the training events; the validation events choose the epoch."""
         held_out = len(self.job.valid())
+        if not self.model.trainable_variables:
+            print(
+                "tfrec: the encoder brought all weights and adapt.tuning.behaviour = head moves "
+                "none, so it is measured as it came; --tune full trains it on",
+                file=sys.stderr,
+            )
         state = self.trainer.fit(
             self._batches("select"),
             work_dir=self.job.work / "select",

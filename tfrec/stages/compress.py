@@ -573,10 +573,10 @@ class _Making:
         """Histories of users, each as it is and up to a random place, and whose they are."""
         everyone = Histories.of(cut_of(self.job.dataset.interactions, cut), self.job.card.coding)
         random = np.random.default_rng(self.job.config.seed)
-        met = np.flatnonzero(np.diff(everyone.offsets))
+        met = np.flatnonzero(everyone.lengths)
         users = np.repeat(random.permutation(met)[: self.config.users], 2)
         found = everyone.take(users)
-        lengths = np.diff(found.offsets)
+        lengths = found.lengths
         lengths[1::2] = random.integers(1, lengths[1::2] + 1)
         return found.first(lengths), users
 

@@ -210,7 +210,7 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
 def _check_support(job: _Job, histories: Histories) -> None:
     """Refuses an objective that the data cannot support."""
     texts = any(job.dataset.catalog.texts) and job.config.adapt.text != "none"
-    lengths = np.diff(histories.offsets)
+    lengths = histories.lengths
     for name in job.objectives:
         if name in TEXT_OBJECTIVES and not texts:
             raise InputError(
@@ -365,7 +365,7 @@ def _stops(
 
 def _about(job: _Job, histories: Histories) -> dict[str, Any]:
     """What the card says of the data."""
-    lengths = np.diff(histories.offsets)
+    lengths = histories.lengths
     return {
         "source": job.config.data.source,
         "users": int((lengths > 0).sum()),
