@@ -435,6 +435,7 @@ def _add_compress(verbs: Verbs) -> None:
                 "tfrec compress runs/a --heads 6 --neurons 768",
             ),
             ("a student of 3 layers, 192 wide", "tfrec compress runs/a --student 3x192"),
+            ("a third of the vocabulary", "tfrec compress runs/a --vocabulary 10000"),
         )
         + "\nevery key of --set: docs/configuration.md, section [compress]",
     )
@@ -453,6 +454,7 @@ def _add_compress(verbs: Verbs) -> None:
         ("layers", "the BERT's layers that stay"),
         ("heads", "attention heads of each layer that stay"),
         ("neurons", "feed-forward neurons of each layer that stay"),
+        ("vocabulary", "the BERT's tokens that stay; other words are cut into smaller pieces"),
     ):
         how.add_argument(f"--{name}", metavar="N", help=f"{what} (compress.{name})")
     how.add_argument(
@@ -489,7 +491,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     from tfrec.config import of_run
 
     settings = list(arguments.settings)
-    for name in ("prune", "layers", "heads", "neurons"):
+    for name in ("prune", "layers", "heads", "neurons", "vocabulary"):
         if getattr(arguments, name) is not None:
             settings.append(f"compress.{name}={getattr(arguments, name)}")
     if arguments.pattern is not None:

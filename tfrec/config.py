@@ -503,6 +503,7 @@ class CompressConfig(Section):
     heads: int = Field(0, ge=0, description="attention heads of each layer that stay; 0: all")
     neurons: int = Field(0, ge=0, description="feed-forward neurons that stay; 0: all")
     width: int = Field(0, ge=0, description="of the BERT inside; 0: as it is")
+    vocabulary: int = Field(0, ge=0, description="tokens of the BERT that stay; 0: all")
     int8: bool = Field(True, description="the text encoder has int8 weights in the end")
     qat: bool = Field(False, description="towers and ranker learn to work with int8 kernels")
     users: int = Field(4096, ge=1, description="users that the towers and the ranker learn from")

@@ -83,6 +83,62 @@ def test_padding_and_truncation_of_a_tokenizer_file_are_overruled(tokenizer, tmp
     assert list(TextTokenizer.load(tmp_path).ids(["the film"])) == [ids("the", "film")]
 
 
+class TestTrimmed:
+    @pytest.fixture
+    def trimmed(self, tokenizer):
+        return tokenizer.trimmed([ID["film"], ID["1999"]])
+
+    def words(self, tokenizer, text):
+        """The tokens of a text, as words."""
+        places = {place: word for word, place in tokenizer.described["model"]["vocab"].items()}
+        return [places[token] for token in next(tokenizer.ids([text]))]
+
+    def test_what_is_gone_is_cut_into_letters(self, trimmed):
+        found = self.words(trimmed, "the film (1999) 日")
+        inner = ["t", "##h", "##e", "film", "(", "1999", ")", "[UNK]"]
+        assert found == ["[CLS]", *inner, "[SEP]"]
+
+    def test_those_that_stay_are_numbered_anew_without_gaps(self, tokenizer, trimmed):
+        numbers = trimmed.described["model"]["vocab"]
+        assert sorted(numbers.values()) == list(range(trimmed.vocabulary_size))
+        assert trimmed.vocabulary_size == len(tokenizer.least) + 2
+        assert sorted(numbers, key=numbers.get) == [w for w in VOCABULARY if w in numbers]
+        assert trimmed.mask_token == numbers["[MASK]"]
+        assert set(trimmed.special_tokens) == {numbers[w] for w in numbers if w[0] == "["}
+
+    def test_it_cuts_texts_at_the_same_length_and_is_read_back(self, trimmed, tmp_path):
+        assert len(next(trimmed.ids(["the " * 20]))) == 16
+        trimmed.save(tmp_path / "tokenizer.json")
+        read = TextTokenizer.load(tmp_path, 16)
+        assert list(read.ids(["The film, 1999"])) == list(trimmed.ids(["The film, 1999"]))
+
+    def test_where_everything_stays_nothing_changes(self, tokenizer):
+        found = tokenizer.trimmed(range(tokenizer.vocabulary_size))
+        assert list(found.ids(["the warship"])) == list(tokenizer.ids(["the warship"]))
+
+    def test_each_token_is_what_it_is_cut_into(self, tokenizer, trimmed):
+        found = tokenizer.as_in(trimmed)
+        for text in ("film", "the", "1999", "love", "(", "s"):
+            own = next(trimmed.ids([text]))[1:-1]
+            assert found[ID[text]] == own, text
+        numbers = trimmed.described["model"]["vocab"]
+        assert found[ID["##s"]] == [numbers["##s"]]
+        assert found[ID["[SEP]"]] == [numbers["[SEP]"]]
+
+    def test_pieces_within_words_stay_within(self, tmp_path):
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "##a", "##b", "##ab", "ab"]
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        whole = TextTokenizer.load(tmp_path)
+        assert whole.as_in(whole.trimmed([]))[8:] == [[6, 7], [4, 7]]
+
+    def test_other_tokenizers_are_refused(self, tmp_path):
+        from tokenizers import Tokenizer
+        from tokenizers.models import Unigram
+
+        with pytest.raises(ConfigError, match="this is Unigram"):
+            TextTokenizer(Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], 0)), 8).trimmed([])
+
+
 def test_the_digest_tells_lengths_and_vocabularies_apart(folder):
     first = TextTokenizer.load(folder, 16).digest
     assert TextTokenizer.load(folder, 16).digest == first

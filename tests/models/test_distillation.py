@@ -12,6 +12,7 @@ from tfrec.models.distillation import Distiller, Examples, Texts, directions
 from tfrec.models.keras_bridge import set_seed, tf, tf_keras
 from tfrec.models.named import kernels
 from tfrec.models.pruning import Pruner, Sparsity, zeros_of
+from tfrec.models.smaller import smaller
 from tfrec.models.text import TextEncoder
 from tfrec.training import Trainer
 
@@ -73,6 +74,21 @@ class TestTexts:
         for place_, batch in enumerate(whole):
             mine = parts[place_ % 2][place_ // 2]
             np.testing.assert_array_equal(batch["token_ids"], mine["token_ids"])
+
+    def test_a_student_with_other_tokens_reads_the_same_texts(self):
+        own = [[token] for token in range(100)]
+        own[10] = [50, 51, 52]
+        texts = Texts(ROWS, 64, 1, own=own)
+        for batch in batches_of(texts, texts.steps_per_epoch):
+            assert batch["own_token_ids"].shape == batch["token_ids"].shape
+            for number, row in enumerate(batch["token_ids"]):
+                row = row[: batch["padding_mask"][number].sum()]
+                read = [piece for token in row for piece in own[token]]
+                mine = batch["own_padding_mask"][number].sum()
+                *inner, last = batch["own_token_ids"][number, :mine].tolist()
+                assert (inner, last) == (read[: mine - 1], 3)
+                assert mine == min(len(read), batch["token_ids"].shape[1])
+                assert batch["alike"][number] == (10 not in row)
 
     def test_without_a_text(self):
         with pytest.raises(InputError, match="no text to learn from"):
@@ -147,6 +163,22 @@ def cosine(teacher, student):
     one, other = teacher.encode(TEXTS), student.encode(TEXTS)
     one, other = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (one, other))
     return float((one * other).sum(axis=1).mean())
+
+
+def test_a_student_with_fewer_words_learns_to_read_the_others_by_letters(folder, tmp_path):
+    teacher = TextEncoder.load(folder, length=16, trainable=False)
+    student = smaller(teacher, ["film of war"], vocabulary=83)
+    before = cosine(teacher, student)
+    rows = list(teacher.tokenizer.ids(TEXTS))
+    own = teacher.tokenizer.as_in(student.tokenizer)
+    losses, parts = distillation.of_texts(student, teacher)
+    config = TrainingConfig(
+        epochs=60, batch_size=1, learning_rate=0.005, warmup_steps=1, ema=0, jit_compile=False
+    )
+    Trainer(Distiller(student, losses, parts, None), config, place("one_device")).fit(
+        Texts(rows, 64, 1, length=16, own=own), work_dir=tmp_path, title="texts"
+    )
+    assert 1 - cosine(teacher, student) < 0.5 * (1 - before)
 
 
 def test_a_pruned_student_learns_to_answer_as_its_teacher(folder, tmp_path):

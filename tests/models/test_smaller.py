@@ -109,6 +109,34 @@ class TestExact:
         assert encoder.digest() == before
 
 
+class TestVocabulary:
+    """Of 89 tokens 80 are special ones or characters; TEXTS hold nine words."""
+
+    def test_vectors_of_words_that_stay_are_the_same(self, encoder):
+        texts = ["the film of war", "the war of film", "of a b c", "love"]
+        found = smaller(encoder, texts, vocabulary=84)
+        assert found.model.vocabulary_size == found.tokenizer.vocabulary_size == 84
+        kept = ["the war of film", "film a b", "日 c"]
+        np.testing.assert_allclose(found.encode(kept), encoder.encode(kept), atol=1e-5)
+        other = ["love story"]
+        assert np.abs(found.encode(other) - encoder.encode(other)).max() > 1e-3
+        assert encoder.tokenizer.vocabulary_size == 89
+
+    def test_all_the_other_ways_go_with_it(self, encoder, tmp_path):
+        found = smaller(encoder, TEXTS, layers=2, heads=1, neurons=32, width=16, vocabulary=86)
+        assert found.encode(HELD).shape == (50, 32)
+        found.save(tmp_path / "saved")
+        again = TextEncoder.load(tmp_path / "saved", length=16)
+        np.testing.assert_allclose(again.encode(HELD), found.encode(HELD), atol=1e-5)
+
+    def test_the_graph_cuts_texts_as_it_does(self, encoder):
+        from tfrec.models.wordpiece import WordPieces
+
+        found = smaller(encoder, TEXTS, vocabulary=83)
+        pieces = WordPieces(found.tokenizer, found.settings)
+        assert pieces.differing([*HELD, "The warship, 1999!", "日本", ""]) == []
+
+
 class TestFit:
     @pytest.mark.parametrize("numbers", [{"heads": 1}, {"neurons": 32}, {"layers": 2}])
     def test_it_beats_kernels_that_stay_as_they_are(self, encoder, monkeypatch, numbers):
@@ -216,6 +244,12 @@ def test_tuning_works_on_it(encoder, tmp_path, method):
 def test_impossible_numbers_say_why(encoder, numbers, message):
     with pytest.raises(ConfigError, match=message):
         smaller(encoder, TEXTS, **numbers)
+
+
+@pytest.mark.parametrize("vocabulary", [79, 90])
+def test_an_impossible_vocabulary_says_what_must_stay(encoder, vocabulary):
+    with pytest.raises(ConfigError, match="has 89 tokens, of which 80 are single characters"):
+        smaller(encoder, TEXTS, vocabulary=vocabulary)
 
 
 def test_without_texts_nothing_can_be_chosen(encoder):

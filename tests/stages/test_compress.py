@@ -173,6 +173,16 @@ class TestLearningInt8:
             compress.run(config("compress.qat=true", "compress.int8=false"), run)
 
 
+def test_a_smaller_vocabulary_is_exported_with_its_tokenizer(run, tmp_path):
+    made = compress.run(config("compress.vocabulary=88"), run, ANY)
+    assert tree_of(made)["models"][-1]["key"] == "vocabulary-88-int8"
+    sizes = {model["key"]: model["sizes"]["text"] for model in tree_of(made)["models"]}
+    assert sizes["vocabulary-88-int8"] < sizes["int8"]
+    out = tmp_path / "bundle"
+    export.run(run / "compress" / "vocabulary-88-int8", out)
+    assert [finding for finding in verify.run(out) if not finding.ok] == []
+
+
 MIRRORED = """
 import sys
 from tfrec.models.keras_bridge import tf
@@ -288,6 +298,7 @@ class TestBadInput:
             ("compress.heads=3", "heads = 3 is not possible"),
             ("compress.layers=9", "layers = 9 is not possible"),
             ("compress.width=24", "width = 24"),
+            ("compress.vocabulary=9", "80 are single characters"),
         ],
     )
     def test_a_shape_that_is_not_possible(self, run, setting, why):

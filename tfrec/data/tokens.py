@@ -221,6 +221,59 @@ class TextTokenizer:
         """SHA-256 of everything that decides about the tokens, as hex."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
+    @property
+    def is_wordpiece(self) -> bool:
+        """Whether words are cut into the longest pieces that a vocabulary has."""
+        return bool(self.described["model"].get("type") == "WordPiece")
+
+    @functools.cached_property
+    def least(self) -> frozenset[int]:
+        """Ids that :meth:`trimmed` never drops: special tokens and single characters, from which
+        every word can still be put together."""
+        prefix = self.described["model"].get("continuing_subword_prefix") or ""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        single = {i for token, i in vocabulary.items() if len(token.removeprefix(prefix)) == 1}
+        return frozenset(single | set(self._tokenizer.get_added_tokens_decoder()))
+
+    def trimmed(self, kept: Iterable[int]) -> TextTokenizer:
+        """The same with fewer tokens: what is gone is cut into smaller pieces.
+
+        Args:
+          kept: Ids that stay, beside :attr:`least`.
+
+        Returns:
+          One in which those that stay are numbered anew, in their order.
+
+        Raises:
+          ConfigError: it is no WordPiece tokenizer.
+        """
+        if not self.is_wordpiece:
+            kind = self.described["model"].get("type")
+            raise ConfigError(f"only a WordPiece vocabulary can be trimmed, and this is {kind}")
+        number = {old: new for new, old in enumerate(sorted({*kept} | self.least))}
+        told = self.described
+        model = told["model"]
+        model["vocab"] = {t: number[i] for t, i in model["vocab"].items() if i in number}
+        for token in told["added_tokens"]:
+            token["id"] = number[token["id"]]
+        ends = told.get("post_processor") or {}
+        for token in (ends.get("special_tokens") or {}).values():
+            token["ids"] = [number[i] for i in token["ids"]]
+        for name in ("sep", "cls"):
+            if name in ends:
+                ends[name] = [ends[name][0], number[ends[name][1]]]
+        return TextTokenizer(Tokenizer.from_str(json.dumps(told)), self.length)
+
+    def as_in(self, other: TextTokenizer) -> list[list[int]]:
+        """For each token here the ids that it is in a trimmed vocabulary."""
+        there = other._tokenizer.get_vocab(with_added_tokens=True)
+        prefix = self.described["model"]["continuing_subword_prefix"]
+        unknown = next(iter(other._unknown_ids))
+        found: list[list[int]] = [[unknown]] * self.vocabulary_size
+        for token, place in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            found[place] = _pieces(token, there, prefix) or [unknown]
+        return found
+
     def save(self, path: Path) -> None:
         """Writes a ``tokenizer.json`` that :meth:`load` and Hugging Face read."""
         path.write_text(self._tokenizer.to_str(), "utf-8")
@@ -349,6 +402,22 @@ def _one_row(rows: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
         "positions": np.concatenate([np.arange(len(row), dtype=np.int32) for row in rows]),
         "mask": np.where(apart, np.float32(_APART), np.float32(0)),
     }
+
+
+def _pieces(token: str, vocabulary: Mapping[str, int], prefix: str) -> list[int]:
+    """Ids of the longest pieces of a token from its start on; empty if there are none."""
+    if token in vocabulary:
+        return [vocabulary[token]]
+    before, rest = (prefix, token.removeprefix(prefix)) if token.startswith(prefix) else ("", token)
+    found = []
+    while rest:
+        ends = range(len(rest), 0, -1)
+        end = next((end for end in ends if before + rest[:end] in vocabulary), 0)
+        if not end:
+            return []
+        found.append(vocabulary[before + rest[:end]])
+        before, rest = prefix, rest[end:]
+    return found
 
 
 def _spans(encoding: Encoding) -> list[tuple[int, int, int]]:

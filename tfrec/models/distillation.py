@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec.data.sequences import Arrays
+from tfrec.data.tokens import padded
 from tfrec.errors import InputError
 from tfrec.models.batches import endless
 from tfrec.models.keras_bridge import tf, tf_keras
@@ -75,16 +76,20 @@ def of_texts(student: TextEncoder, teacher: TextEncoder) -> tuple[Loss, tuple[st
 
     def losses(inputs: Mapping[str, Any], training: bool) -> Mapping[str, Any]:
         ids, mask = inputs["token_ids"], inputs["padding_mask"]
+        own, own_mask = (inputs.get(f"own_{n}", inputs[n]) for n in ("token_ids", "padding_mask"))
         asked = tf.stop_gradient(teacher.hidden(ids, mask))
-        answered = student.hidden(ids, mask, training)
-        near, order = directions(student.pooled(answered, mask), teacher.pooled(asked, mask))
+        answered = student.hidden(own, own_mask, training)
+        near, order = directions(student.pooled(answered, own_mask), teacher.pooled(asked, mask))
         told, found = teacher.projected(asked), student.projected(answered)
         there = tf.cast(mask, found.dtype)[:, :, None]
+        if "alike" in inputs:  # where one word is cut otherwise, the places after it are others
+            there *= inputs["alike"][:, None, None]
         size = tf.reduce_sum(tf.square(told) * there)
+        off = tf.reduce_sum(tf.square(found - told) * there)
         return {
             "direction": near,
             "neighbours": order,
-            "tokens": tf.reduce_sum(tf.square(found - told) * there) / size,
+            "tokens": tf.math.divide_no_nan(off, size),
         }
 
     return losses, ("direction", "neighbours", "tokens")
@@ -146,6 +151,7 @@ class Texts:
       seed: Decides what is drawn.
       replicas: Parts of a global batch.
       length: Tokens of the longest text that the model reads; nothing is padded beyond.
+      own: For each token the ids that the student reads in its place; empty: the same.
 
     Raises:
       InputError: there is no text.
@@ -156,6 +162,7 @@ class Texts:
     seed: int
     replicas: int = 1
     length: int = _BUCKETS[-1]
+    own: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -207,13 +214,24 @@ class Texts:
     def _padded(
         self, chosen: NDArray[np.int64], length: int, random: np.random.Generator
     ) -> Arrays:
-        ids = np.zeros((len(chosen), length), np.int32)
-        mask = np.zeros_like(ids)
-        for place, row in enumerate(chosen.tolist()):
-            text = list(self.rows[abs(row) - 1])[:length] if row > 0 else self._piece(row, random)
-            ids[place, : len(text)] = text
-            mask[place, : len(text)] = 1
-        return {"token_ids": ids, "padding_mask": mask}
+        shown = [
+            list(self.rows[abs(row) - 1])[:length] if row > 0 else self._piece(row, random)
+            for row in chosen.tolist()
+        ]
+        ids, mask = padded(shown, length)
+        arrays = {"token_ids": ids, "padding_mask": mask}
+        if self.own:
+            own = [self._own(text, length) for text in shown]
+            alike = [all(len(self.own[token]) == 1 for token in text) for text in shown]
+            ids, mask = padded(own, length)
+            arrays |= {"own_token_ids": ids, "own_padding_mask": mask}
+            arrays["alike"] = np.array(alike, np.float32)
+        return arrays
+
+    def _own(self, text: Sequence[int], length: int) -> list[int]:
+        """A text as the student reads it, its closing token included."""
+        *read, last = (piece for token in text for piece in self.own[token])
+        return [*read[: length - 1], last]
 
     def _piece(self, row: int, random: np.random.Generator) -> list[int]:
         first, *inner, last = self.rows[-row - 1]

@@ -53,6 +53,7 @@ def smaller(
     heads: int | None = None,
     neurons: int | None = None,
     width: int | None = None,
+    vocabulary: int | None = None,
 ) -> TextEncoder:
     """A smaller encoder whose vectors are near to those of the given one, before any training.
 
@@ -69,15 +70,18 @@ def smaller(
         as many as fit in it, if None.
       neurons: Feed-forward neurons that stay in each layer.
       width: Channels of the BERT.
+      vocabulary: Tokens that stay: special ones and single characters, then those that the texts
+        have most often, then the first of the vocabulary. Other words are cut into smaller pieces,
+        so there is still no text that cannot be read.
 
     Returns:
-      One that trains, with the tokenizer, the settings and the output width of the given one.
+      One that trains, with the settings and the output width of the given one.
 
     Raises:
       ConfigError: a number is not possible.
       InputError: there is no text, or a weight is not finite.
     """
-    check(encoder, layers, heads, neurons, width)
+    check(encoder, layers, heads, neurons, width, vocabulary)
     large = _Large(encoder, texts)
     backbone = encoder.model
     kept = list(range(backbone.num_layers))
@@ -95,9 +99,14 @@ def smaller(
         config |= {"hidden_size": width, "num_attention_heads": width // size}
     room = range(config["num_attention_heads"])
     config["pruned_heads"] = {str(i): list(room[n:]) for i, n in enumerate(small.heads)}
+    tokenizer = encoder.tokenizer
+    if vocabulary is not None and vocabulary < tokenizer.vocabulary_size:
+        words = _kept_words(encoder, texts, vocabulary)
+        small.arrays[_TABLES[0]] = small.arrays[_TABLES[0]][words]
+        config["vocab_size"], tokenizer = len(words), tokenizer.trimmed(words)
     made = build_backbone(config, small.arrays, backbone.dtype_policy)
     projection = large.projection if width is None else small.projection()
-    return TextEncoder(made, encoder.tokenizer, encoder.settings, projection)
+    return TextEncoder(made, tokenizer, encoder.settings, projection)
 
 
 def inputs_of(encoder: TextEncoder, texts: Sequence[str]) -> dict[int, Floats]:
@@ -208,6 +217,7 @@ def check(
     heads: int | None,
     neurons: int | None,
     width: int | None,
+    vocabulary: int | None,
 ) -> None:
     """Raises ConfigError if :func:`smaller` cannot do this."""
     teacher = encoder.model
@@ -222,6 +232,15 @@ def check(
     for name, (value, largest) in most.items():
         if value is not None and not 1 <= value <= largest:
             raise ConfigError(f"{name} = {value} is not possible: this BERT has 1 to {largest}")
+    if vocabulary is not None:
+        tokenizer = encoder.tokenizer
+        tokenizer.trimmed(())
+        smallest, largest = len(tokenizer.least), tokenizer.vocabulary_size
+        if not smallest <= vocabulary <= largest:
+            raise ConfigError(
+                f"vocabulary = {vocabulary} is not possible: this BERT has {largest} tokens, of "
+                f"which {smallest} are single characters or special ones, which stay"
+            )
     if width is None:
         return
     if width % size:
@@ -548,6 +567,16 @@ def _kept_layers(large: _Large, count: int) -> list[int]:
         near = [(vectors([k for k in kept if k != out]) * whole).sum(1).mean() for out in kept]
         del kept[int(np.argmax(near))]
     return kept
+
+
+def _kept_words(encoder: TextEncoder, texts: Sequence[str], count: int) -> list[int]:
+    """Ids of the tokens that stay, in their order."""
+    tokenizer = encoder.tokenizer
+    met = np.zeros(tokenizer.vocabulary_size, np.int64)
+    for row in tokenizer.ids(encoder.settings.prepared(list(dict.fromkeys(texts)), "")):
+        np.add.at(met, row, 1)
+    met[list(tokenizer.least)] = np.iinfo(np.int64).max
+    return sorted(np.argsort(-met, kind="stable")[:count].tolist())
 
 
 def _batches(encoder: TextEncoder, texts: Sequence[str], tokens: int) -> Iterator[_Batch]:

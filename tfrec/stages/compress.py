@@ -67,7 +67,7 @@ FOLDER, KIND = "compress", "compression"
 FLOAT, INT8 = "float", "int8"
 _HELD_OUT, _LEAST_HELD_OUT = 0.1, 100  # of the texts, to be judged by; texts
 _CANDIDATES_AS_USERS = 8  # users of the towers, in memory, are one with the ranker's candidates
-_KNOBS = ("prune", "layers", "heads", "neurons", "width")
+_KNOBS = ("prune", "layers", "heads", "neurons", "width", "vocabulary")
 
 
 def run(config: Config, folder: str | os.PathLike[str], budget: Budget | None = None) -> Artifact:
@@ -136,8 +136,8 @@ class Plan:
 
     Attributes:
       config: How.
-      shape: The BERT's layers, heads, neurons and width, by the names of the configuration; empty:
-        there is none.
+      shape: The BERT's layers, heads, neurons, width and vocabulary, by the names of the
+        configuration; empty: there is none.
     """
 
     config: CompressConfig
@@ -161,7 +161,9 @@ class Plan:
         parts = []
         if "width" in self.structure or "layers" in self.structure:
             parts.append(f"student-{size['layers']}x{size['width']}")
-        parts += [f"{n}-{size[n]}" for n in ("heads", "neurons") if n in self.structure]
+        parts += [
+            f"{n}-{size[n]}" for n in ("heads", "neurons", "vocabulary") if n in self.structure
+        ]
         if config.prune:
             pattern = {"unstructured": "", "block": "-block", "2:4": "-2of4"}[config.pattern]
             parts.append(f"pruned-{config.prune:g}{pattern}")
@@ -240,6 +242,7 @@ class _Job:
             "heads": min(heads_of(layer)[0] for layer in model.transformer_layers),
             "neurons": int(model.intermediate_dim),
             "width": int(model.hidden_dim),
+            "vocabulary": self.encoder.tokenizer.vocabulary_size,
         }
 
     @cached_property
@@ -314,8 +317,16 @@ class _Job:
         size = heads_of(self.encoder.model.transformer_layers[0])[1]
         if half["heads"] and half["neurons"]:
             yield {"heads": half["heads"], "neurons": half["neurons"], "int8": True}
+        words = self.shape["vocabulary"] // 3
+        tokenizer = self.encoder.tokenizer
+        fewer = {"vocabulary": words, "int8": True}
+        trimmed = tokenizer.is_wordpiece and words > len(tokenizer.least)
+        if trimmed:
+            yield fewer
         if half["layers"]:
             yield {"layers": half["layers"], "int8": True}
+            if trimmed:
+                yield {"layers": half["layers"], **fewer}
             if half["width"] and half["width"] % size == 0:
                 yield {"layers": half["layers"], "width": half["width"], "int8": True}
 
@@ -515,6 +526,7 @@ class _Making:
             job.config.seed,
             job.placement.replicas,
             teacher.tokenizer.length,
+            () if "vocabulary" not in structure else teacher.tokenizer.as_in(student.tokenizer),
         )
         rising = prune and self.config.prune_schedule == "polynomial"
         sizes = inputs_of(student, texts) if rising else {}
