@@ -78,7 +78,8 @@ def of_texts(student: TextEncoder, teacher: TextEncoder) -> tuple[Loss, tuple[st
         ids, mask = inputs["token_ids"], inputs["padding_mask"]
         own, own_mask = (inputs.get(f"own_{n}", inputs[n]) for n in ("token_ids", "padding_mask"))
         asked = tf.stop_gradient(teacher.hidden(ids, mask))
-        answered = student.hidden(own, own_mask, training)
+        # Without dropout: a student that is near already would learn to do without parts of itself.
+        answered = student.hidden(own, own_mask, False)
         near, order = directions(student.pooled(answered, own_mask), teacher.pooled(asked, mask))
         told, found = teacher.projected(asked), student.projected(answered)
         there = tf.cast(mask, found.dtype)[:, :, None]
