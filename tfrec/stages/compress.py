@@ -517,6 +517,9 @@ class _Making:
             student = smaller(teacher, texts, **structure)
             if prune and self.config.prune_schedule == "constant":
                 student = sparse(student, texts, self.config.prune, self.config.pattern)
+            if structure.keys() == {"vocabulary"} and not prune:
+                # It is the teacher already but for words that these texts hardly have.
+                return student
             student.trainable = True
             student.model.pooled_dense.trainable = False
             losses, parts = distillation.of_texts(student, teacher)
