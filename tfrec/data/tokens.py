@@ -229,8 +229,17 @@ class TextTokenizer:
     @functools.cached_property
     def least(self) -> frozenset[int]:
         """Ids that :meth:`trimmed` never drops: special tokens and single characters, from which
-        every word can still be put together."""
-        prefix = self.described["model"].get("continuing_subword_prefix") or ""
+        every word can still be put together.
+
+        Raises:
+          ConfigError: it is no WordPiece tokenizer.
+        """
+        model = self.described["model"]
+        if model.get("type") != "WordPiece":
+            raise ConfigError(
+                f"only a WordPiece vocabulary can be trimmed, and this is {model.get('type')}"
+            )
+        prefix = model["continuing_subword_prefix"]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         single = {i for token, i in vocabulary.items() if len(token.removeprefix(prefix)) == 1}
         return frozenset(single | set(self._tokenizer.get_added_tokens_decoder()))
@@ -247,9 +256,6 @@ class TextTokenizer:
         Raises:
           ConfigError: it is no WordPiece tokenizer.
         """
-        if not self.is_wordpiece:
-            kind = self.described["model"].get("type")
-            raise ConfigError(f"only a WordPiece vocabulary can be trimmed, and this is {kind}")
         number = {old: new for new, old in enumerate(sorted({*kept} | self.least))}
         told = self.described
         model = told["model"]

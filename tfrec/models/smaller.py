@@ -234,7 +234,6 @@ def check(
             raise ConfigError(f"{name} = {value} is not possible: this BERT has 1 to {largest}")
     if vocabulary is not None:
         tokenizer = encoder.tokenizer
-        tokenizer.trimmed(())
         smallest, largest = len(tokenizer.least), tokenizer.vocabulary_size
         if not smallest <= vocabulary <= largest:
             raise ConfigError(

@@ -61,7 +61,7 @@ from tfrec.recommender import BLOCK, Floats, Recommender
 from tfrec.report import compression as page
 from tfrec.report.proof import Budget, Court, Trial, beside, dominated, nearest
 from tfrec.timing import processor
-from tfrec.training import Progress, Trainer, discard, disk_errors
+from tfrec.training import Trainer, discard, disk_errors
 
 FOLDER, KIND = "compress", "compression"
 FLOAT, INT8 = "float", "int8"
@@ -663,7 +663,7 @@ class _Making:
         prune: bool = True,
         int8: bool = True,
         inputs: Mapping[int, Floats] | None = None,
-    ) -> Progress:
+    ) -> None:
         """Trains; a training that was killed goes on from its last checkpoint.
 
         ``prune`` and ``int8`` are false where the settings' pruning, and their learning of int8,
@@ -677,21 +677,20 @@ class _Making:
             else None
         )
         rounded = dense_layers(student) if int8 and self.config.qat else []
-        losses = learning(rounded, losses) if rounded else losses
+        losses = learning(rounded, losses)
         with self.job.placement.strategy.scope():
             pruner = None
             if sparsity is not None:
                 pruner = Pruner(kernels(student), sparsity, epochs * steps, inputs)
             model = distillation.Distiller(student, losses, parts, pruner)
-        said = self.config.model_dump(include=set(TrainingConfig.model_fields))
-        said |= {"epochs": epochs, "batch_size": self.job.placement.replicas}
+        told = self.config.model_dump(include=set(TrainingConfig.model_fields))
+        told |= {"epochs": epochs, "batch_size": self.job.placement.replicas}
         # No average of the weights: it would fill the zeros again.
-        one = TrainingConfig(**said, ema=0.0)
-        told = Trainer(model, one, self.job.placement).fit(
+        one = TrainingConfig(**told, ema=0.0)
+        Trainer(model, one, self.job.placement).fit(
             batches, work_dir=self.work / name, title=f"{self.plan.key}, {title}"
         )
         settle(rounded)
-        return told
 
 
 def _zeros(recommender: Recommender) -> dict[str, Any]:
