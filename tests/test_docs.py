@@ -51,6 +51,12 @@ def defaults(section: BaseModel, path: str = "") -> Iterator[tuple[str, object]]
             yield f"{path}{key}", value
 
 
+def headings(page: Path) -> set[str]:
+    """What follows the # of a link to a heading."""
+    lines = [line for line in page.read_text("utf-8").splitlines() if re.match("#+ ", line)]
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
+
+
 class TestGeneratedPages:
     def test_are_current(self):
         spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -113,6 +119,20 @@ class TestFiles:
     def test_links_lead_somewhere(self, page):
         links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
         assert [link for link in links if not (page.parent / link).exists()] == []
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    def test_links_into_a_page_name_its_headings(self, page):
+        links = re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", page.read_text("utf-8"))
+        pages = [(page.parent / name if name else page, heading) for name, heading in links]
+        assert [where for where in pages if where[1] not in headings(where[0])] == []
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    def test_every_table_has_its_head(self, page):
+        lines = ["", *page.read_text("utf-8").splitlines(), ""]
+        tops = [
+            i for i, line in enumerate(lines) if line.startswith("|") > lines[i - 1].startswith("|")
+        ]
+        assert [lines[i] for i in tops if not re.match(r"[|] ?:?-", lines[i + 1])] == []
 
     def test_the_table_of_what_to_open_names_files_that_exist(self):
         table = README.split("## To change X, open Y")[1].split("\n## ")[0]
