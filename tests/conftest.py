@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import stat
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.update(
@@ -45,6 +47,27 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no raw data sets at {folder}; TFREC_SHARED_DATA can name their folder")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Gives a real file system of so many kB, empty."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mounted(kilobytes: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tfrec-test", str(disk)]
+        try:
+            done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        except OSError:
+            pytest.skip("there is no mount command")
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        return disk
+
+    yield mounted
+    if disk.is_mount():
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture

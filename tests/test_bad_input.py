@@ -133,35 +133,20 @@ def test_a_setting_that_cannot_be(setting, answers, run, finished, capsys):
     assert tree(run) == before
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 256 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=256k", "tfrec-test", str(disk)]
-    try:
-        made = subprocess.run(mounting, capture_output=True, check=False)
-    except OSError:
-        pytest.skip("there is no mount command")
-    if made.returncode:
-        pytest.skip("only root can mount a small disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=False)
-
-
 def test_a_full_disk_while_training(small_disk, finished, capfd):
-    shutil.copytree(finished / "run" / "prepare", small_disk / "prepare")
-    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as ballast:
+    disk = small_disk(256)
+    shutil.copytree(finished / "run" / "prepare", disk / "prepare")
+    with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
         while ballast.write(bytes(4096)):
             pass
-    with open(small_disk / "ballast", "r+b") as ballast:
-        ballast.truncate((small_disk / "ballast").stat().st_size - 24_576)
-    assert cli.main(stage("adapt", finished / "files", small_disk)) == 3
+    with open(disk / "ballast", "r+b") as ballast:
+        ballast.truncate((disk / "ballast").stat().st_size - 24_576)
+    assert cli.main(stage("adapt", finished / "files", disk)) == 3
     said = capfd.readouterr().err
     assert "no space left" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert not (small_disk / "adapt" / "retrieval").exists()
-    assert list(small_disk.glob("adapt/*.partial")) == []
+    assert not (disk / "adapt" / "retrieval").exists()
+    assert list(disk.glob("adapt/*.partial")) == []
 
 
 def test_a_bug_of_ours_would_be_seen_as_such():

@@ -414,15 +414,21 @@ def _put_back(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or unwritable disk into a SetupError that names ``path``."""
+def disk_errors(path: Path, remedy: str = "free some, or take another --out") -> Iterator[None]:
+    """Turns a full or unwritable disk into a SetupError that names ``path``.
+
+    Args:
+      path: What is written.
+      remedy: What to do when the disk is full.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(
-                f"no space left on the disk while writing {path}; free some, or take another --out"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise SetupError(f"{path} cannot be written: {error.strerror}") from None
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # NumPy, TensorFlow and ScaNN give no number: they tell it in words alone.
+        words = os.strerror(errno.ENOSPC), " requested and "
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words):
+            raise SetupError(f"no space left on the disk while writing {path}; {remedy}") from None
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise SetupError(f"{path} cannot be written: {os.strerror(number)}") from None
         raise

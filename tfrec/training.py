@@ -14,8 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +25,13 @@ from tqdm import tqdm
 from tfrec.artifact import write_json
 from tfrec.config import TrainingConfig
 from tfrec.distribution import Placement
-from tfrec.errors import ConfigError, SetupError, TfrecError
+from tfrec.errors import ConfigError, TfrecError
 from tfrec.models.keras_bridge import tf, tf_keras
 
 GOAL = "ndcg@10"
 SHAPES = ("constant", "linear", "cosine")
+RESUMES = "free some and run the same command again, which goes on from the last checkpoint"
+"""What to do when a disk was full while something was trained."""
 
 Metrics = dict[str, float]
 
@@ -561,20 +562,6 @@ def peak_memory_mb() -> float:
         return round(float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / 1e6, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk as TensorFlow and NumPy tell it: neither gives the error its number."""
-    try:
-        yield
-    except (tf.errors.ResourceExhaustedError, tf.errors.UnknownError, OSError) as error:
-        if "No space left on device" not in str(error) and " requested and " not in str(error):
-            raise
-        raise SetupError(
-            f"no space left on the disk while making {folder}; free some and run the same command "
-            "again, which goes on from the last checkpoint"
-        ) from None
 
 
 def discard(work_dir: Path) -> None:

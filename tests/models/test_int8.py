@@ -84,3 +84,12 @@ def test_rows_of_a_table_have_steps_of_their_own():
 def test_a_table_of_zeros():
     codes, scales, unit = coded(np.zeros((3, 4), np.float32))
     assert not (codes * (scales * unit)).any()
+
+
+def test_what_was_pruned_stays_zero(given):
+    kernel, values = given
+    kernel[np.abs(kernel) < np.median(np.abs(kernel), axis=0)] = 0
+    found = rounded(kernel, seen(values).gram)
+    assert (found[kernel == 0] == 0).all()
+    errors = [np.square(values @ (k - kernel)).mean() for k in (found, plainly(kernel))]
+    assert errors[0] < 0.6 * errors[1]

@@ -486,15 +486,16 @@ class TestBadInput:
         with pytest.raises(ArtifactError, match="unfinished or no bundle"):
             Bundle.load(tmp_path)
 
-    def test_a_full_disk_leaves_the_old_version(self, run, copy, monkeypatch):
-        def full(*given, **named):
-            raise OSError(28, os.strerror(28))
-
-        monkeypatch.setattr(Golden, "save", full)
-        with pytest.raises(SetupError, match="no space left"):
-            export.run(run, copy, users=False)
-        assert (bundle.versions(copy), Bundle.load(copy).version) == ([1], 1)
-        assert [path.name for path in (copy / "versions").iterdir()] == ["1"]
+    @pytest.mark.parametrize("share", [0.02, 0.3, 0.9], ids=["arrays", "models", "SavedModels"])
+    def test_a_full_disk_leaves_the_old_version(self, run, made, served, small_disk, share):
+        """Whoever writes then: NumPy, TensorFlow or this package."""
+        sizes = [_kilobytes(folder) for folder in (made, served)]
+        disk = small_disk(int(sizes[0] + share * sizes[1]))
+        shutil.copytree(made, disk / "bundle", symlinks=True)
+        with pytest.raises(SetupError, match="no space left on the disk while writing"):
+            export.run(run, disk / "bundle", users=False)
+        assert (bundle.versions(disk / "bundle"), Bundle.load(disk / "bundle").version) == ([1], 1)
+        assert [path.name for path in (disk / "bundle" / "versions").iterdir()] == ["1"]
 
     def test_answers_that_differ_fail(self, copy, capsys):
         folder = copy / "versions" / "1"
@@ -503,6 +504,12 @@ class TestBadInput:
         _rewrite(folder)
         assert cli.main(["verify", str(copy)]) == 2
         assert "FAIL  query, LiteRT float32: cosine min" in capsys.readouterr().out
+
+
+def _kilobytes(folder):
+    """What it takes on a disk with blocks of 4 kB."""
+    sizes = [path.lstat().st_size for path in folder.rglob("*")]
+    return sum(4 * -(-size // 4096) for size in sizes)
 
 
 class _Missing(importlib.abc.MetaPathFinder):

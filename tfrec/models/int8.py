@@ -81,16 +81,19 @@ def rounded(kernel: Matrix, gram: NDArray[np.float64]) -> Matrix:
 
     Returns:
       float32 (in, out): in each column whole multiples of a step, of which the largest is 127
-      steps, so that whoever rounds it again to int8, symmetrically, finds the same.
+      steps, so that whoever rounds it again to int8, symmetrically, finds the same. What is zero
+      stays zero, however much of other weights' errors it could make good: it was pruned.
     """
     order = np.argsort(-np.diag(gram), kind="stable")
     largest = np.abs(kernel).max(axis=0)
     step = np.maximum(largest, 1e-12).astype(np.float64) / LARGEST
     ends = np.where(np.abs(kernel) == largest, np.sign(kernel) * LARGEST, 0)[order]
+    gone = kernel[order] == 0
 
     def settle(block: slice, values: Wide, spread: Wide) -> Settle:
         def near(place: int, row: Wide) -> Wide:
             codes = np.clip(np.round(row / step), -LARGEST, LARGEST)
+            codes[gone[place]] = 0
             found: Wide = np.where(ends[place], ends[place], codes) * step
             return found
 

@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec import metrics
-from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
+from tfrec.artifact import (
+    Artifact,
+    current,
+    disk_errors,
+    recipe_digest,
+    write_json,
+    writing,
+)
 from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of, tf_idf
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset
@@ -68,11 +75,11 @@ from tfrec.report.cold import EVENTS, FirstEvents
 from tfrec.tracking import callbacks
 from tfrec.training import (
     GOAL,
+    RESUMES,
     Metrics,
     Progress,
     Trainer,
     discard,
-    disk_errors,
     peak_memory_mb,
     step_seconds,
 )
@@ -222,7 +229,7 @@ def _publish(job: _Job, folder: Path, task: Task, recipe: Mapping[str, Any]) -> 
     placement = job.placement
     mine = folder if placement.chief else folder.with_name(f".{task}.worker-{placement.worker}")
     with writing(mine, kind=task, config=recipe, parents=job.parents) as draft:
-        with disk_errors(folder):
+        with disk_errors(folder, RESUMES):
             draft.metrics |= make(job, draft.path)
         draft.metrics["seconds"] = round(time.monotonic() - began, 1)
     placement.from_chief(None)  # nobody goes on before the chief has published

@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 
 import tfrec
 from tfrec import bundle
-from tfrec.artifact import MANIFEST, Artifact, alone, current, recipe_digest, write_json, writing
+from tfrec.artifact import (
+    MANIFEST,
+    Artifact,
+    alone,
+    current,
+    disk_errors,
+    recipe_digest,
+    write_json,
+    writing,
+)
 from tfrec.bundle import CONTENT
 from tfrec.config import CompressConfig, Config, TrainingConfig
 from tfrec.data.dataset import Dataset
@@ -61,7 +70,7 @@ from tfrec.recommender import BLOCK, Floats, Recommender
 from tfrec.report import compression as page
 from tfrec.report.proof import Budget, Court, Trial, beside, dominated, nearest
 from tfrec.timing import processor
-from tfrec.training import Trainer, discard, disk_errors
+from tfrec.training import RESUMES, Trainer, discard
 
 FOLDER, KIND = "compress", "compression"
 FLOAT, INT8 = "float", "int8"
@@ -424,7 +433,7 @@ class _Making:
             began = time.monotonic()
             set_seed(self.job.config.seed)
             with writing(retrieval, kind="retrieval", config=config, parents=self.parents) as draft:
-                with disk_errors(retrieval):
+                with disk_errors(retrieval, RESUMES):
                     self._retrieval(draft.path)
                 draft.metrics["source"] = dict(self.job.retrieval.metrics)
                 draft.metrics["seconds"] = round(time.monotonic() - began, 1)
@@ -617,7 +626,7 @@ class _Making:
             with self.job.placement.strategy.scope():
                 ranker = load_ranker(found, read_json(found.file("model.json")))
             if ranker is not None and kernels(ranker):
-                with disk_errors(folder):
+                with disk_errors(folder, RESUMES):
                     self._teach_ranker(ranker, found)
                 save(draft.path / WEIGHTS, named_variables(ranker))
 

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.artifact import Artifact, current, recipe_digest, write_json, writing
+from tfrec.artifact import (
+    Artifact,
+    current,
+    disk_errors,
+    recipe_digest,
+    write_json,
+    writing,
+)
 from tfrec.config import SEQUENCE_OBJECTIVES, TEXT_OBJECTIVES, Config
 from tfrec.data.dataset import Dataset
 from tfrec.data.history_text import history_texts
@@ -41,7 +48,7 @@ from tfrec.models.text_pretraining import (
 )
 from tfrec.models.weights import folder_digest
 from tfrec.tracking import callbacks
-from tfrec.training import Progress, Trainer, discard, disk_errors
+from tfrec.training import RESUMES, Progress, Trainer, discard
 
 FOLDER = "pretrain"
 
@@ -83,7 +90,7 @@ def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
     began = time.monotonic()
     mine = folder if placement.chief else folder.with_name(f".{FOLDER}.worker-{placement.worker}")
     with writing(mine, kind=KIND, config=recipe, parents=parents) as draft:
-        with disk_errors(folder):
+        with disk_errors(folder, RESUMES):
             draft.metrics |= _pretrain(job, draft.path)
         draft.metrics["seconds"] = round(time.monotonic() - began, 1)
     placement.from_chief(None)
