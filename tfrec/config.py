@@ -403,8 +403,15 @@ class AdaptConfig(Section):
     ranking: RankingConfig = RankingConfig()
 
     def encoder_folder(self, run: Path) -> Path:
-        """Where the encoder is that `encoder` names, in a run's folder."""
-        return run / "pretrain" if self.encoder == "pretrain" else Path(self.encoder)
+        """Where the encoder is that `encoder` names, for a run's folder.
+
+        A relative path counts from the current folder; what is not there is looked for from the
+        folders that the run is in, so that a run is found usable from wherever it is asked.
+        """
+        if self.encoder == "pretrain":
+            return run / "pretrain"
+        places = [Path(self.encoder), *(above / self.encoder for above in run.resolve().parents)]
+        return next((place for place in places if place.exists()), places[0])
 
     @model_validator(mode="before")
     @classmethod

@@ -540,9 +540,14 @@ class _Loop(tf_keras.callbacks.Callback):
 
     def _diverged(self, when: str, broken: Sequence[str]) -> TrainingDivergedError:
         of = f" of {', '.join(broken)}" if broken else ""
+        kept = (
+            f"{self.keeper.folder} keeps the checkpoint {self.state.checkpoint} from before"
+            if self.state.checkpoint
+            else "no checkpoint was due before"
+        )
         return TrainingDivergedError(
-            f"{self.title}: the loss{of} became nan or infinite in {when}; the last good state is "
-            f"in {self.keeper.folder}; lower learning_rate or clip_norm and run again"
+            f"{self.title}: the loss{of} became nan or infinite in {when}; {kept}; lower "
+            "learning_rate or clip_norm and run again, which begins anew"
         )
 
 

@@ -15,9 +15,10 @@ from tfrec.data.dataset import Dataset
 from tfrec.data.sequences import EventCoding
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models import named
-from tfrec.models.encoder import PretrainedEncoder
+from tfrec.models.encoder import EncoderCard, PretrainedEncoder
 from tfrec.models.engine import load_recommender
 from tfrec.models.weights import KNOWN, Known
+from tfrec.recommender import Request
 from tfrec.stages import adapt, encode, merge, prepare, pretrain
 
 pytestmark = pytest.mark.slow
@@ -114,17 +115,60 @@ class TestArtifact:
 
 
 class TestAdapting:
-    def test_it_starts_from_the_encoder(self, folder, finished, tmp_path):
+    @pytest.mark.parametrize("more", [(), ("adapt.tuning.behaviour_layers=[-1]",)])
+    def test_it_starts_from_the_encoder(self, folder, finished, tmp_path, more):
         """A step so small that nothing moves leaves what was pretrained."""
         out = copy(finished, tmp_path)
         still = ("adapt.encoder=pretrain", "adapt.retrieval.epochs=1", "adapt.learning_rate=1e-30")
-        adapt.run(config(folder, *still), out, "retrieval")
+        adapt.run(config(folder, *still, *more), out, "retrieval")
         encoder = PretrainedEncoder.load(out / "pretrain")
         model = load_recommender(out, "select").engine.two_tower
         for name, variable in named.named_variables(model).items():
             np.testing.assert_allclose(variable.numpy(), encoder.weights[name], rtol=1e-5)
         parents = Artifact.load(out / "adapt" / "retrieval").parents
         assert parents["encoder"] == Artifact.load(out / "pretrain").digest
+
+    def test_what_is_complete_in_itself_needs_the_encoder_no_more(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        adapt.run(config(folder, "adapt.encoder=pretrain"), out, "retrieval")
+        before = load_recommender(out, "select").engine.encode_text(["space ship"])
+        shutil.rmtree(out / "pretrain")
+        after = load_recommender(out, "select").engine.encode_text(["space ship"])
+        np.testing.assert_array_equal(before, after)
+
+    def test_its_folder_is_found_from_another_one(self, folder, finished, tmp_path, monkeypatch):
+        (tmp_path / "saved" / "one").mkdir(parents=True)
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copytree(finished / "pretrain", tmp_path / "saved" / "two" / "pretrain")
+        out = copy(finished, tmp_path / "saved" / "one")
+        monkeypatch.chdir(tmp_path)
+        some = ("adapt.encoder=saved/two/pretrain", "adapt.tuning.behaviour=head")
+        adapt.run(config(folder, *some), out, "retrieval")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert load_recommender(out, "select").recommend([Request(history=("i2",))])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"made_by": "tomorrow"}, "has an unknown 'made_by': another version"),
+            ({"data": None}, "has no 'data'"),
+            ({"text": {"name": "bert"}}, r"has no 'text\.digest'"),
+            ({"coding": {"event_names": [], "zones": 3}}, r"has no 'coding\.rating_max'"),
+            ({"sizes": {}}, r"has no 'sizes\.embedding_dim'"),
+        ],
+    )
+    def test_a_card_of_another_version_is_refused(self, finished, change, message):
+        card = json.loads((finished / "pretrain" / "card.json").read_text()) | change
+        with pytest.raises(ArtifactError, match=message):
+            EncoderCard.parse({name: part for name, part in card.items() if part is not None})
+
+    def test_made_again_it_is_another_base(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        some = ("adapt.encoder=pretrain", "adapt.tuning.behaviour=head")
+        adapt.run(config(folder, *some), out, "retrieval")
+        pretrain.run(config(folder, "seed=2"), out)
+        with pytest.raises(ArtifactError, match=r"from an encoder of digest \w{12}, and .* has \w"):
+            load_recommender(out, "select")
 
     def test_where_nothing_moves_it_is_said_and_measured_as_it_came(
         self, folder, finished, tmp_path, capsys
@@ -213,6 +257,7 @@ class TestAdapting:
                 r"pretrained with layers = 1, and adapt\.retrieval\.layers",
             ),
             ("adapt.retrieval.embedding_dim=16", r"embedding_dim = 8"),
+            ("adapt.text_length=8", r"with adapt\.text_length = 16, and here it is 8"),
             ("adapt.text=none", r"reads items by their text, and here adapt\.text is 'none'"),
         ],
     )
@@ -227,6 +272,14 @@ class TestAdapting:
         write_tiny_bert(tmp_path / "other", seed=5)
         other = config(folder, "adapt.encoder=pretrain", f"adapt.text={tmp_path / 'other'}")
         with pytest.raises(ConfigError, match=r"other weights; set adapt\.text="):
+            adapt.run(other, out, "retrieval")
+
+    def test_another_tokenizer_is_refused(self, folder, finished, tmp_path):
+        out = copy(finished, tmp_path)
+        write_tiny_bert(tmp_path / "other")
+        (tmp_path / "other" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+        other = config(folder, "adapt.encoder=pretrain", f"adapt.text={tmp_path / 'other'}")
+        with pytest.raises(ConfigError, match=r"with another tokenizer than that of"):
             adapt.run(other, out, "retrieval")
 
     def test_no_encoder_there(self, folder, finished, tmp_path):
@@ -334,6 +387,14 @@ class TestTheText:
         alone = config(folder, "pretrain.text_epochs=1", objectives="{mlm = 1.0}")
         made = pretrain.run(alone, tmp_path)
         assert set(made.metrics["losses"]) == {"text_mlm"}
+        assert made.metrics["train_seconds"] > 0
+
+    def test_in_half_precision_and_in_pieces(self, folder, finished, tmp_path):
+        (tmp_path / "prepare").symlink_to(finished / "prepare")
+        half = ("pretrain.precision=mixed_bfloat16", "pretrain.accumulate=2")
+        made = pretrain.run(reading(folder, *half), tmp_path)
+        told = json.loads(made.file("history.json").read_text())["texts"]
+        assert told[-1]["mlm"] < told[0]["mlm"]
 
 
 class TestEncode:
@@ -455,6 +516,21 @@ class TestWhatTheDataCannotSupport:
         with pytest.raises(InputError, match="'text_history' reads texts"):
             pretrain.run(bad, copy(finished, tmp_path))
 
+    @pytest.mark.parametrize("text", ["none", "bert"])
+    def test_texts_for_pairs(self, folder, tmp_path, text):
+        """Nobody met the only item with a title."""
+        files = shutil.copytree(folder / "files", tmp_path / "files")
+        ids = [row.split(",")[0] for row in (files / "items.csv").read_text().splitlines()[1:]]
+        rows = ["item_id,title", *(f"{item}," for item in ids), "unmet,war"]
+        (files / "items.csv").write_text("\n".join(rows))
+        named = folder / "bert" if text == "bert" else text
+        given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
+        more = (f"adapt.text={named}", "pretrain.train_text=true", "data.item_attributes=[]")
+        bad = config(folder, *given, *more, objectives="{contrastive = 1.0}")
+        prepare.run(bad, tmp_path / "run")
+        with pytest.raises(InputError, match="reads the texts of items that users met"):
+            pretrain.run(bad, tmp_path / "run")
+
     def test_single_events(self, folder, tmp_path):
         files = board.write(tmp_path / "files", items=10)
         given = (f"data.interactions={files / 'events.csv'}", f"data.items={files / 'items.csv'}")
@@ -478,5 +554,5 @@ def test_a_loss_that_is_no_number_stops_and_says_where(folder, finished, tmp_pat
         "pretrain.epochs=200",
         "adapt.retrieval.temperature=1e-30",
     )
-    with pytest.raises(TrainingDivergedError, match=r"loss of .* in step \d+; the last good"):
+    with pytest.raises(TrainingDivergedError, match=r"loss of .* in step \d+; .* begins anew"):
         pretrain.run(wild, copy(finished, tmp_path))

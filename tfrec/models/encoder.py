@@ -27,6 +27,8 @@ from tfrec.models.text import TextEncoder
 
 KIND = "encoder"
 WEIGHTS, CARD, TEXT = "weights.safetensors", "card.json", "text"
+_TEXT = {"name", "digest", "tokenizer", "width", "length", "trained"}
+_CODING = {field.name for field in fields(EventCoding)}
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,22 @@ class EncoderCard:
         """Reads back what :meth:`dump` gave.
 
         Raises:
-          ArtifactError: a part is missing, so another version wrote it.
+          ArtifactError: a part is missing or unknown, so another version wrote it.
         """
-        missing = [field.name for field in fields(cls) if field.name not in tree]
-        missing += [name for name in SIZES if name not in tree.get("sizes", {})]
-        if missing:
-            raise ArtifactError(
-                f"the card of this encoder has no '{missing[0]}': another version of tfrec made "
-                "it; pretrain it again"
-            )
-        names = tuple(tree["coding"]["event_names"])
-        coding = EventCoding(**{**tree["coding"], "event_names": names})
+        parts = {field.name for field in fields(cls)}
+        known = {"": parts, "sizes": {*SIZES}, "text": _TEXT, "coding": _CODING}
+        for place, names in known.items():
+            found = tree.get(place, {}) if place else tree
+            if not found and place == "text":
+                continue  # no text was read
+            for name in sorted(names ^ found.keys()):
+                told = f"{place}.{name}" if place else name
+                raise ArtifactError(
+                    f"the card of this encoder has {'an unknown' if name in found else 'no'} "
+                    f"'{told}': another version of tfrec made it; pretrain it again"
+                )
         lists = {name: tuple(tree[name]) for name in ("features", "user_features")}
-        return cls(**{**tree, **lists, "coding": coding})
+        return cls(**{**tree, **lists, "coding": EventCoding.parse(tree["coding"])})
 
 
 @dataclass(frozen=True)

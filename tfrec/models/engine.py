@@ -74,6 +74,7 @@ class RetrievalCard:
       text_digest: Digest of the BERT as it was before it was tuned; empty: there is none, or it
         is part of the artifact.
       pretrained: Names of the weights outside of the BERT that were pretrained.
+      text_pretrained: Whether the BERT is that of the pretrained encoder, if there is one.
     """
 
     text_width: int
@@ -85,6 +86,7 @@ class RetrievalCard:
     cuts: tuple[str, ...]
     text_digest: str = ""
     pretrained: tuple[str, ...] = ()
+    text_pretrained: bool = True
 
     def dump(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -189,7 +191,8 @@ def restore_two_tower(artifact: Artifact, cut: str, features: Floats) -> tuple[T
     if set(card.pretrained) - named_variables(model).keys():
         raise ArtifactError(f"{artifact.path} was pretrained for another model; train it again")
     own_weights = artifact.file(f"{cut}/{WEIGHTS}")
-    if config.tuning.behaviour != "full" and card.pretrained and not _is_merged(artifact):
+    kept = config.tuning.behaviour != "full" or config.tuning.behaviour_layers
+    if kept and card.pretrained and not _is_merged(artifact):
         base = _base(artifact).weights
         assign(named_variables(model), {n: base[n] for n in card.pretrained}, config.encoder)
     tune(model, config.tuning, card.pretrained)
@@ -225,7 +228,9 @@ def load_text(artifact: Artifact, cut: str) -> TextEncoder:
     for place in (f"{cut}/text", "text"):
         if f"{place}/config.json" in artifact.files:
             return TextEncoder.load(artifact.path / place, length=config.text_length)
-    folder = _base(artifact).text_folder if KIND in artifact.parents else ""
+    folder = (
+        _base(artifact).text_folder if KIND in artifact.parents and card.text_pretrained else ""
+    )
     encoder = TextEncoder.load(folder or config.text, length=config.text_length)
     found = encoder.digest()
     if card.text_digest and found != card.text_digest:

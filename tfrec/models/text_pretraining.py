@@ -67,9 +67,12 @@ class TextPretrainer(TaskModel):
         }
         # At the start the head hands on the vectors of the tokens.
         self.transform = tf_keras.layers.Dense(
-            encoder.model.hidden_dim, kernel_initializer="identity", name="transform"
+            encoder.model.hidden_dim,
+            kernel_initializer="identity",
+            name="transform",
+            dtype="float32",
         )
-        self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-12, name="norm")
+        self.norm = tf_keras.layers.LayerNormalization(epsilon=1e-12, name="norm", dtype="float32")
         self.bias = self.add_weight(
             name="bias", shape=(encoder.model.vocabulary_size,), initializer="zeros"
         )

@@ -156,7 +156,9 @@ def _check_what_it_saw(encoder: Artifact, prepared: Artifact, dataset: Dataset, 
             "is held out; run `tfrec pretrain` again"
         )
     card = PretrainedEncoder.load(encoder).card
-    if card.catalog == dataset.catalog.digest(card.num_rows):
+    source = prepared.config.get("data", {}).get("source")
+    named = source != "files" and card.data.get("source") == source
+    if named or card.catalog == dataset.catalog.digest(card.num_rows):
         print(
             f"tfrec: {given} was pretrained on these items but not on this split of their events; "
             "if it has seen what is held out here, what is measured here is too good",
@@ -311,6 +313,7 @@ class _Retrieval:
             cuts=tuple(job.cuts),
             text_digest=text_digest,
             pretrained=self.pretrained,
+            text_pretrained=bool(base and base.text_folder),
         )
 
     def select(self) -> Progress:

@@ -162,11 +162,13 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
     histories = Histories.of(train, coding)
     _check_support(job, histories)
     history: dict[str, Any] = {}
+    seconds = 0.0
     with job.placement.strategy.scope():
         encoder = text_encoder(config.adapt, dataset)
         trained = _text_objectives(job)
         if encoder is not None and trained:
-            history["texts"] = _train_text(job, train, trained, folder)
+            texts = _train_text(job, train, trained, folder)
+            history["texts"], seconds = texts.history, texts.seconds
             encoder = text_encoder(config.adapt, dataset, str(folder / TEXT))
         text = encoded(encoder, dataset.catalog, "passage")
         profile = encoded(encoder, dataset.users, "query")
@@ -207,7 +209,7 @@ def _pretrain(job: _Job, folder: Path) -> dict[str, Any]:
         data=_about(job, histories),
         objectives=job.objectives,
         losses=losses,
-        seconds=round(state.seconds, 1),
+        seconds=round(seconds + state.seconds, 1),
     )
     write_json(folder / CARD, card.dump())
     write_json(folder / "history.json", history)
@@ -218,6 +220,14 @@ def _check_support(job: _Job, histories: Histories) -> None:
     """Refuses an objective that the data cannot support."""
     texts = any(job.dataset.catalog.texts) and job.config.adapt.text != "none"
     lengths = histories.lengths
+    met = np.unique(histories.item)
+    told = texts and any(job.dataset.catalog.texts[row] for row in met)
+    if "contrastive" in _text_objectives(job) and not told:
+        raise InputError(
+            "pretrain.train_text with the objective 'contrastive' reads the texts of items that "
+            "users met, and none of these has one (or adapt.text is 'none'); set "
+            "pretrain.train_text=false"
+        )
     for name in job.objectives:
         if name in TEXT_OBJECTIVES and not texts:
             raise InputError(
@@ -239,8 +249,8 @@ def _text_objectives(job: _Job) -> tuple[str, ...]:
 
 def _train_text(
     job: _Job, train: Interactions, objectives: tuple[str, ...], folder: Path
-) -> list[dict[str, float]]:
-    """Trains the BERT, leaves it in the folder, and returns its curve."""
+) -> Progress:
+    """Trains the BERT and leaves it in the folder."""
     given, catalog = job.config.pretrain, job.dataset.catalog
     config = given.model_copy(
         update={
@@ -296,7 +306,7 @@ def _train_text(
         callbacks=job.trackers("pretrain-text"),
     )
     encoder.save(folder / TEXT)
-    return state.history
+    return state
 
 
 def _train_towers(
