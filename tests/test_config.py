@@ -213,9 +213,15 @@ class TestSearchSpace:
             path.write_text(f"[tune.space]\n{key} = {{low = 1, high = 3}}\n")
             config = Config.load(str(path))
             assert config.tune.space == {"adapt.retrieval.layers": {"low": 1, "high": 3}}
-        assert Config.load("files", ["tune.space.adapt.text=[none, other]"]).tune.space == {
-            "adapt.text": ["none", "other"]
-        }
+        for key, choices in {
+            "adapt.text": ["none", "other"],
+            "adapt.text_length": [32, 64],
+            "adapt.tuning.text": ["lora", "full"],
+            "adapt.tuning.text_rate": [0.1, 0.25],
+        }.items():
+            assert Config.load("files", [f"tune.space.{key}={choices}"]).tune.space == {
+                key: choices
+            }
 
     @pytest.mark.parametrize(
         ("key", "task", "said"),
@@ -226,6 +232,7 @@ class TestSearchSpace:
             ("adapt.retrieval.layers", "ranking", r"changes adapt\.ranking\.\* only"),
             ("data.k_core", "retrieval", "'data.k_core', and a search for retrieval"),
             ("seed", "retrieval", "'seed', and a search"),
+            ("adapt.tuning.rank", "ranking", r"changes adapt\.ranking\.\* only"),
         ],
     )
     def test_a_key_that_cannot_be_searched_gives_the_nearest(self, key, task, said):

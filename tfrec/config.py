@@ -8,6 +8,7 @@ is its documentation; ``tfrec run --help`` and docs/configuration.md are made fr
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 import tomllib
@@ -386,7 +387,11 @@ class AdaptConfig(Section):
         "the run, which `tfrec run` then makes; empty: none",
     )
     users: float = Field(
-        1.0, gt=0, le=1, description="share of the users whose events retrieval learns from"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the users whose events retrieval and ranking learn from; how popular "
+        "an item is, is counted over everybody's",
     )
     distribution: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = Field(
         "auto", description="auto: the workers of TF_CONFIG, a TPU, every GPU, or the processor"
@@ -874,11 +879,14 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-_SEARCHED_BESIDE = {"retrieval": ("adapt.text", "adapt.text_mode", "adapt.text_length")}
+_SEARCHED = {
+    "retrieval": ("adapt.retrieval.*", "adapt.tuning.*", "adapt.text", "adapt.text_length"),
+    "ranking": ("adapt.ranking.*",),
+}
 
 
 def _searched(key: str, task: str) -> bool:
-    return key.startswith(f"adapt.{task}.") or key in _SEARCHED_BESIDE.get(task, ())
+    return any(fnmatch.fnmatchcase(key, known) for known in _SEARCHED[task])
 
 
 def _why_not_searched(key: str, task: str) -> str:
@@ -888,10 +896,9 @@ def _why_not_searched(key: str, task: str) -> str:
     if short not in known:
         close = difflib.get_close_matches(short.rpartition(".")[2], known, n=1, cutoff=0.5)
         hint = f"adapt.{task}.{close[0]}" if close else ""
-    others = "".join(f", {other}" for other in _SEARCHED_BESIDE.get(task, ()))
     return (
-        f"tune.space names '{key}', and a search for {task} changes adapt.{task}.*{others} only"
-        + (f"; did you mean '{hint}'?" if hint else "")
+        f"tune.space names '{key}', and a search for {task} changes "
+        f"{', '.join(_SEARCHED[task])} only" + (f"; did you mean '{hint}'?" if hint else "")
     )
 
 

@@ -17,6 +17,7 @@ from tiny_bert import write_tiny_bert
 from tfrec.artifact import Artifact
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import TRAIN, VALID, Interactions
+from tfrec.data.splits import labelled
 from tfrec.errors import ArtifactError, ConfigError, InputError
 from tfrec.models.engine import load_recommender, load_two_tower
 from tfrec.models.named import named_variables, read, save
@@ -378,6 +379,28 @@ class TestTasks:
         assert recommender.described.shape == (board.ITEMS + 1, width)
         read = recommender.described[1:]
         np.testing.assert_allclose(read.std(axis=0), 1, rtol=0.01)
+
+
+def test_users_that_are_left_out_teach_neither_retrieval_nor_ranking(small, tmp_path):
+    """Whatever they met, in another order, the models of the others are the same to the bit."""
+    settings = board.config(small, "adapt.users=0.5", "adapt.refit=false")
+    first = board.train(tmp_path / "one", settings)
+    dataset = Dataset.load(tmp_path / "one" / "prepare")
+    events = dataset.interactions
+    own = labelled(len(dataset.users), 0.5, settings.seed)[events.user]
+    item = events.item.copy()
+    for part in np.unique(events.split):  # how often each is met in all stays
+        others = ~own & (events.split == part)
+        item[others] = np.roll(item[others], 7)
+    assert (item != events.item).any()
+    other = tmp_path / "two"
+    Dataset(replace(events, item=item), dataset.catalog, dataset.users).save(other / "prepare")
+    for task in ("retrieval", "ranking"):
+        adapt.run(settings, other, task)
+        found, here = artifact(other, task).files, artifact(first, task).files
+        learned = {name for name in here if name.endswith((".npy", "weights.safetensors"))}
+        assert {name for name in learned if found[name] != here[name]} == set()
+    assert "select/linear.npy" in learned
 
 
 class TestTooLittle:

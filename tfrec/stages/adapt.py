@@ -538,15 +538,14 @@ def _linear(job: _Job, folder: Path, config: RankingConfig) -> dict[str, float] 
     if not 0 < job.dataset.catalog.num_items <= limit:
         return None
     items = job.dataset.catalog.num_items
-    train = cut_of(job.dataset.interactions, "select")
-    valid = job.dataset.interactions.part(VALID)
-    matrix = matrix_of(train, items)
+    valid = job.valid()
+    matrix = matrix_of(job.events("select"), items)
     chosen = choose("ease", matrix, Ragged(valid.offsets, valid.item), matrix, job.config.seed)
     settings = dict(chosen.settings)
     catalog = job.dataset.catalog
     words = tf_idf(catalog.texts) if config.linear_of_new else None
     for cut in job.cuts:
-        events = cut_of(job.dataset.interactions, cut)
+        events = job.events(cut)
         weights = Ease(**settings).fit(matrix_of(events, items)).weights
         if words is not None:
             counts = np.bincount(events.item, minlength=items + 1)
@@ -591,7 +590,7 @@ def _train_ranker(
     job: _Job, base: Recommender, tasks: tuple[str, ...]
 ) -> tuple[Ranker, dict[str, Any], Progress]:
     dataset, config = job.dataset, job.adapt.ranking
-    train = base.interactions
+    train = job.of_users(base.interactions)
     rated = train.rating[np.isfinite(train.rating)]
     sizes: dict[str, Any] = {
         "embedding_dim": int(base.vectors.shape[1]),
@@ -673,7 +672,7 @@ def _rating_validation(
 
     Of squared error for ``rating``, of log loss for ``like``; on validation events.
     """
-    events = job.dataset.interactions.part(VALID)
+    events = job.valid()
     there = np.isfinite(events.rating) & (events.item > 0)
     chosen = np.flatnonzero(there & (np.diff(base.interactions.offsets)[events.user] > 0))
     if len(chosen) > MOST_RATED:
@@ -689,7 +688,8 @@ def _rating_validation(
         told = np.clip(told, 1e-6, 1 - 1e-6)
         return float(-(liked * np.log(told) + (1 - liked) * np.log1p(-told)).mean())
 
-    guess = {"rating": np.nanmean(base.interactions.rating), "like": liked.mean()}
+    rating = job.of_users(base.interactions).rating
+    guess = {"rating": np.nanmean(rating), "like": liked.mean()}
     usual = {task: errors(task, np.full(len(events), guess[task], "f4")) for task in tasks}
 
     def validate() -> Metrics:
