@@ -902,6 +902,20 @@ class Recommender:
             answers.append(Ranked(ids, scores, parts, source, sources, history))
         return answers
 
+    def heard(self, words: str) -> Coverage:
+        """How well the text model reads what somebody says.
+
+        Raises:
+          InputError: it knows no word of it.
+        """
+        cover = self.engine.coverage([words])
+        if cover.unknown >= 1 or not cover.characters_per_token:
+            raise InputError(
+                f"the text model knows no word of '{words.strip()[:40]}'; say it in a language "
+                'that the model reads, or train with adapt.text = "multilingual-e5-small"'
+            )
+        return cover
+
     def _encoded(self, texts: Sequence[str]) -> Floats:
         """float32 (n, text width), vectors of what seekers say; zeros where that is nothing."""
         out = np.zeros((len(texts), self.text.shape[1]), np.float32)

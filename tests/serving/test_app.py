@@ -89,6 +89,27 @@ class TestRecommend:
             together = list(pool.map(lambda user: recommend(api, user_id=user, k=5), users * 4))
         assert together == alone * 4
 
+    @pytest.mark.parametrize(
+        ("profile", "said"),
+        [
+            ("我需要西装", "knows no word of '我需要西装'"),
+            ("\u200b", "knows no word of"),
+            ("war " * 25_000, "profile is 100000 characters; at most"),
+        ],
+    )
+    def test_a_profile_that_cannot_be_read_is_refused(self, api, profile, said):
+        answer = api.post("/v1/recommend", json={"history": ["i1"], "profile": profile})
+        assert (answer.status_code, said in answer.json()["error"]["message"]) == (422, True)
+
+    def test_it_does_not_fail_those_who_are_answered_with_it(self, api):
+        from concurrent.futures import ThreadPoolExecutor
+
+        def status(profile):
+            return api.post("/v1/recommend", json={"profile": profile}).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(status, ["red", "我"] * 6)) == [200, 422] * 6
+
 
 class TestEvents:
     def test_the_next_answer_knows_of_them(self, api, visitor):

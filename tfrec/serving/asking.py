@@ -141,8 +141,12 @@ def answers(
     """The lists of each request: ``items`` alone, or those of its shelves.
 
     Raises:
-      InputError: a filter names an attribute that items do not have.
+      InputError: a filter names an attribute that items do not have, or the text model knows no
+        word of a profile.
     """
+    for ask in asks:
+        if ask.body.profile and chain.text.shape[1]:
+            chain.heard(ask.body.profile)
     requests = [request_of(ask, chain, steps) for ask in asks]
     keep = max([steps.keep, *(ask.body.k + _FAMILIAR * bool(ask.shelves) for ask in asks)])
     ranked = chain.ranked(requests, keep)

@@ -154,13 +154,7 @@ def _check_profile(recommender: Recommender, profile: str) -> None:
     if not recommender.text.shape[1]:
         print("tfrec: --profile: this run reads no texts (adapt.text); left out", file=sys.stderr)
         return
-    cover = recommender.engine.coverage([profile])
-    if cover.unknown >= 1 or not cover.characters_per_token:
-        raise InputError(
-            f"--profile: the text model of this run knows no word of '{profile.strip()[:40]}'; say "
-            "it in a language that the model reads, or train with "
-            'adapt.text = "multilingual-e5-small"'
-        )
+    cover = recommender.heard(profile)
     if cover.unknown > 0.5:
         print(
             f"tfrec: --profile: {cover.unknown:.0%} of its characters are outside the vocabulary "
