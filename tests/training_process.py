@@ -7,29 +7,39 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tiny_bert import write_tiny_bert
 from toys import make_batches, make_two_tower, small_config
 
 from tfrec.config import PretrainConfig, RetrievalConfig
 from tfrec.distribution import Placement, place
-from tfrec.models.batches import SampledItems, TrainingBatches
-from tfrec.models.keras_bridge import tf, tf_keras
+from tfrec.models.batches import SampledItems
+from tfrec.models.keras_bridge import set_precision, tf, tf_keras
 from tfrec.models.losses import across_replicas
 from tfrec.models.pretraining import Pretrainer
 from tfrec.models.step import TaskModel
-from tfrec.training import Progress, Trainer
+from tfrec.models.text import TextEncoder
+from tfrec.models.text_pretraining import TextBatches, TextPretrainer
+from tfrec.training import Batches, Progress, Trainer
 
 GOALS = [0.2, 0.6, 0.4, 0.3]
 EPOCHS = len(GOALS)
 
 
-PRETRAINING = "pretraining"
+PRETRAINING, TEXTS = "pretraining", "texts"
 """In place of a loss: objectives together; vae is left out, which draws noise in the step."""
+PIECES, HALF = "pieces", "half"
+VARIANTS = {
+    PRETRAINING: {"loss": "auto"},
+    TEXTS: {"accumulate": 2, "batch_size": 12},
+    PIECES: {"loss": "full_softmax", "accumulate": 2},
+    HALF: {"loss": "sampled", "precision": "mixed_bfloat16"},
+}
 
 
 def settings(loss: str) -> RetrievalConfig:
     """Nothing random but what the host draws: comparable on one device and on many."""
     return small_config(
-        loss="auto" if loss == PRETRAINING else loss,
+        **VARIANTS.get(loss, {"loss": loss}),
         epochs=EPOCHS,
         validate_every=1,
         checkpoint_minutes=0.0,
@@ -39,7 +49,27 @@ def settings(loss: str) -> RetrievalConfig:
     )
 
 
-def model_of(loss: str) -> TaskModel:
+def text_model(folder: Path) -> TextPretrainer:
+    bert = write_tiny_bert(
+        folder / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config = PretrainConfig(objectives={"mlm": 1.0}, accumulate=2)
+    return TextPretrainer(TextEncoder.load(bert, length=16, dtype=None), config, ())
+
+
+def text_batches(replicas: int, model: TextPretrainer) -> TextBatches:
+    read = model.encoder.tokenizer
+    texts = model.encoder.tokenize([f"the love story of film {number}" for number in range(36)])
+    mask = read.mask_token
+    return TextBatches(
+        texts, 12, ("mlm",), {}, read.vocabulary_size, mask, read.special_tokens, 4,
+        replicas=replicas,
+    )  # fmt: skip
+
+
+def model_of(loss: str, folder: Path) -> TaskModel:
+    if loss == TEXTS:
+        return text_model(folder)
     two_tower = make_two_tower(settings(loss))
     if loss != PRETRAINING:
         return two_tower
@@ -47,10 +77,13 @@ def model_of(loss: str) -> TaskModel:
     return Pretrainer(two_tower, PretrainConfig(objectives=objectives))
 
 
-def batches_of(loss: str, replicas: int, model: TaskModel) -> TrainingBatches:
+def batches_of(loss: str, replicas: int, model: TaskModel) -> Batches:
+    if isinstance(model, TextPretrainer):
+        return text_batches(replicas, model)
     if isinstance(model, Pretrainer):
         return make_batches(batch_size=8, replicas=replicas, objectives=model.objectives)
-    some = SampledItems(positions=4, negatives=8, num_items=12) if loss == "sampled" else None
+    sampled = settings(loss).loss == "sampled"
+    some = SampledItems(positions=4, negatives=8, num_items=12) if sampled else None
     return make_batches(batch_size=8, replicas=replicas, sampled=some)
 
 
@@ -87,8 +120,9 @@ def train(
     """Trains a small two-tower; ``interrupt``: up to its third epoch, then again to the end."""
 
     def once(callback: tf_keras.callbacks.Callback) -> tuple:
+        set_precision(settings(loss).precision)
         with placement.strategy.scope():
-            model = model_of(loss)
+            model = model_of(loss, folder)
         batches = batches_of(loss, placement.replicas, model)
         steps = batches.steps_per_epoch
         trainer = Trainer(model, settings(loss), placement)
@@ -102,10 +136,13 @@ def train(
         )
         return model, state
 
-    if interrupt:
-        with contextlib.suppress(InterruptedError):
-            once(Interrupt())
-    return once(Pause(pause))
+    try:
+        if interrupt:
+            with contextlib.suppress(InterruptedError):
+                once(Interrupt())
+        return once(Pause(pause))
+    finally:
+        set_precision("float32")
 
 
 def report(model, state: Progress) -> dict[str, list]:

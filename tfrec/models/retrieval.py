@@ -171,17 +171,20 @@ class TwoTower(TaskModel):
         weights = tf.reshape(inputs["weight"], [-1])
         uniform = 1.0 / tf.reduce_sum(tf.cast(tf.equal(self._shift, 0.0), tf.float32))
         negative_ids = tf.gather(inputs["items"], inputs["negatives"])
-        with full_precision():  # the task makes layers of its own when it is called
+        candidates = _joined(tf.gather(vectors, targets), tf.gather(vectors, inputs["negatives"]))
+        candidate_ids = _joined(ids, negative_ids)
+        probability = _joined(
+            tf.where(weights > 0, tf.gather(self._popularity, ids), uniform),
+            tf.fill(tf.shape(negative_ids), uniform),
+        )
+        # The task makes layers of its own when it is called. What replicas wait for each other in
+        # is done before: the precision is one for all of them, and each would set it back.
+        with full_precision():
             return self.task(
                 query_embeddings=tf.cast(queries, tf.float32),
-                candidate_embeddings=_joined(
-                    tf.gather(vectors, targets), tf.gather(vectors, inputs["negatives"])
-                ),
-                candidate_ids=_joined(ids, negative_ids),
-                candidate_sampling_probability=_joined(
-                    tf.where(weights > 0, tf.gather(self._popularity, ids), uniform),
-                    tf.fill(tf.shape(negative_ids), uniform),
-                ),
+                candidate_embeddings=candidates,
+                candidate_ids=candidate_ids,
+                candidate_sampling_probability=probability,
                 sample_weight=weights,
                 compute_metrics=False,
                 compute_batch_metrics=False,
