@@ -172,7 +172,12 @@ class TrainingConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
     clip_norm: float = Field(5.0, ge=0, description="global gradient norm limit; 0: none")
-    accumulate: int = Field(1, ge=1, description="steps whose gradients make one update")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which a batch is computed, to keep less in memory; where rows are "
+        "told from each other (sampled, contrastive), it is from those of their part",
+    )
     ema: float = Field(0.99, ge=0, lt=1, description="moving average of the weights; 0: none")
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "float32", description="mixed: layers compute in 16 bits, weights stay in 32"
@@ -452,6 +457,9 @@ class PretrainConfig(TrainingConfig):
     text_epochs: int = Field(3, ge=1, le=10_000, description="the BERT's passes over the texts")
     text_batch_size: int = Field(32, ge=1, description="texts of a global batch of the BERT")
     text_learning_rate: float = Field(3e-5, gt=0, le=1, description="of the BERT")
+    recompute: bool = Field(
+        False, description="the BERT's layers are computed twice, to keep less in memory"
+    )
     mask_rate: float = Field(0.3, gt=0, lt=1, description="masked: share of events hidden")
     latent: int = Field(64, ge=1, le=4096, description="vae: width of the Gaussian")
     history_texts: int = Field(

@@ -389,6 +389,15 @@ class TestTheText:
         assert set(made.metrics["losses"]) == {"text_mlm"}
         assert made.metrics["train_seconds"] > 0
 
+    def test_layers_that_are_computed_twice_learn_the_same(self, folder, reader, tmp_path):
+        (tmp_path / "prepare").symlink_to(reader / "prepare")
+        twice = pretrain.run(reading(folder, "pretrain.recompute=true"), tmp_path)
+        curves = [
+            [record["mlm"] for record in json.loads(told.file("history.json").read_text())["texts"]]
+            for told in (twice, Artifact.peek(reader / "pretrain"))
+        ]
+        np.testing.assert_allclose(*curves, rtol=1e-3)
+
     def test_in_half_precision_and_in_pieces(self, folder, finished, tmp_path):
         (tmp_path / "prepare").symlink_to(finished / "prepare")
         half = ("pretrain.precision=mixed_bfloat16", "pretrain.accumulate=2")

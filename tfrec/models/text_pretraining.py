@@ -19,6 +19,7 @@ from tfrec.models.keras_bridge import tf, tf_keras
 from tfrec.models.objectives import info_nce
 from tfrec.models.step import TaskModel
 from tfrec.models.text import TextEncoder
+from tfrec.models.tuning import recompute
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]
 """Token ids and padding mask, each int32 (texts, tokens)."""
@@ -60,6 +61,8 @@ class TextPretrainer(TaskModel):
     ) -> None:
         super().__init__(accumulate=config.accumulate, **kwargs)
         self.encoder, self.temperature, self.pairs = encoder, temperature, pairs
+        if config.recompute:
+            recompute(encoder)
         self.weights_of = {
             name: weight
             for name, weight in config.objectives.items()

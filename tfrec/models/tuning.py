@@ -141,8 +141,7 @@ def tune_text(encoder: TextEncoder, config: TuningConfig) -> Depths:
         variable.trainable = True
     encoder.trainable = config.text != "head"
     if config.recompute:
-        for layer in layers:
-            _recompute(layer)
+        recompute(encoder)
     encoder.retrace()
     depths = {id(v.value): depth for depth, level in enumerate(moving) for v in level}
     if encoder.projection is not None:
@@ -255,12 +254,18 @@ def _add_to_attention(attention: Any, prefix: Any) -> None:
     attention._compute_attention = with_prefix
 
 
-def _recompute(layer: Any) -> None:
-    """In training keeps a Keras 3 layer's inputs alone, and runs it again for its gradients.
+def recompute(encoder: TextEncoder) -> None:
+    """In training keeps the inputs of a BERT's layers alone, and runs each again for its gradients.
 
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174. The second
     run drops out what the first did: both take their seeds from before the first.
     """
+    for layer in encoder.model.transformer_layers:
+        _recompute(layer)
+    encoder.retrace()
+
+
+def _recompute(layer: Any) -> None:
     plain = layer.call
     inner = layer._flatten_layers(include_self=False)
     found = (getattr(one, "seed_generator", None) for one in inner)

@@ -52,8 +52,8 @@ from tfrec.training import RESUMES, Progress, Trainer, discard
 
 FOLDER = "pretrain"
 
-UNTOLD = {"checkpoint_minutes", "validate_every", "patience"}
-"""Settings that the result does not depend on: nothing is validated here."""
+UNTOLD = {"checkpoint_minutes", "validate_every", "patience", "recompute"}
+"""Settings that the result does not depend on, but for rounding: nothing is validated here."""
 
 
 def run(config: Config, out: Path, *, force: bool = False) -> Artifact:
