@@ -142,10 +142,14 @@ def peer(events: Path, batch: int, length: int, feed_forward: int, masked: int) 
         }
     )
     made = BERT4RecModel if masked else SASRecModel
+    # The layers of SASRec are as wide inside as outside; those of BERT4Rec four times, unless told.
+    of_masked = {
+        "mask_prob": MASKED, "transformer_layers_kwargs": {"ff_factors_multiplier": feed_forward}
+    }  # fmt: skip
     model = made(
         n_blocks=BLOCKS, n_heads=HEADS, n_factors=WIDTH, session_max_len=length,
         dropout_rate=DROPOUT, loss="softmax", batch_size=batch,
-        item_net_block_types=(IdEmbeddingsItemNet,), **({"mask_prob": MASKED} if masked else {}),
+        item_net_block_types=(IdEmbeddingsItemNet,), **(of_masked if masked else {}),
     )  # fmt: skip
     model._build_model_from_dataset(Dataset.construct(frame))
     loader = model.data_preparator.get_dataloader_train()

@@ -337,16 +337,21 @@ def _claimed(partial: Path, final: Path) -> Iterator[None]:
     The claim is a lock on the folder itself, which ends with the process however it ends.
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), _locked(partial, final):
+    with contextlib.suppress(FileNotFoundError), locked(partial, final):
         shutil.rmtree(partial)
     with contextlib.suppress(FileExistsError):
         partial.mkdir()
-    with _locked(partial, final):
+    with locked(partial, final):
         yield
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, final: Path) -> Iterator[None]:
+def locked(partial: Path, final: Path) -> Iterator[None]:
+    """A draft folder that no other process may work in; the lock ends with the process.
+
+    Raises:
+      SetupError: another one is making ``final``.
+    """
     opened = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

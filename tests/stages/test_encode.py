@@ -333,3 +333,21 @@ def test_a_full_disk_is_said_and_nothing_has_the_final_name(
     assert not out.exists()
     (tmp_path / ".out.parquet.partial" / "unfinished").unlink()
     assert read(encode.run(run, "texts", texts=file, column="body", out=out))[0][-1] == "r5"
+
+
+def test_a_second_one_that_makes_the_same_file_is_refused(
+    run, file, tmp_path, small_blocks, monkeypatch, recommender
+):
+    arguments = {"texts": file, "column": "body", "out": tmp_path / "out.parquet"}
+    plain, refused = recommender.engine.text_encoder.encode, []
+
+    def meanwhile(texts, **more):
+        with pytest.raises(SetupError, match=r"another tfrec process is making .*out\.parquet"):
+            encode.run(run, "texts", **arguments)
+        refused.append(len(texts))
+        return plain(texts, **more)
+
+    monkeypatch.setattr(recommender.engine.text_encoder, "encode", meanwhile)
+    assert read(encode.run(run, "texts", **arguments))[0][-1] == "r5"
+    assert len(refused) == 3
+    assert not (tmp_path / ".out.parquet.partial").exists()

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import tfrec
-from tfrec.artifact import MANIFEST, Artifact, disk_errors, file_digest, write_json
+from tfrec.artifact import MANIFEST, Artifact, disk_errors, file_digest, locked, write_json
 from tfrec.data.columns import strings
 from tfrec.data.raw import located
 from tfrec.data.tables import Reader, open_table
@@ -342,14 +343,15 @@ def _write(rows: _Rows, target: Path, force: bool) -> None:
             f"{target} exists and holds something else: {_difference(target, rows.recipe)}; take "
             "another --out, or replace it with --force"
         )
-    done = draft.open()
-    if done:
-        _say(f"going on after {done:,} of {rows.count:,} rows")
-    with tqdm(total=rows.count, initial=done, desc="encoding", disable=None) as bar:
-        for ids, vectors in rows.blocks(done):
-            draft.add(ids, vectors)
-            bar.update(len(vectors))
-    draft.publish()
+    with draft.alone():
+        done = draft.open()
+        if done:
+            _say(f"going on after {done:,} of {rows.count:,} rows")
+        with tqdm(total=rows.count, initial=done, desc="encoding", disable=None) as bar:
+            for ids, vectors in rows.blocks(done):
+                draft.add(ids, vectors)
+                bar.update(len(vectors))
+        draft.publish()
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -383,12 +385,21 @@ class _Draft:
         self._parts: list[Path] = []
         self._unit = True  # whether every vector so far has length 1, or is zero
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Within it no other process makes the same file.
+
+        Raises:
+          SetupError: another one does.
+        """
+        self._folder.mkdir(exist_ok=True)
+        return locked(self._folder, self._target)
+
     def open(self) -> int:
         """Takes up what an interrupted call of the same recipe left; returns its rows."""
         told = self._folder / "recipe.json"
         if not told.is_file() or json.loads(told.read_text("utf-8")) != self._recipe:
-            self.discard()
-            self._folder.mkdir()
+            for left in self._folder.iterdir():
+                left.unlink()
             write_json(told, self._recipe)
         done = 0
         for part in sorted(self._folder.glob("*.part")):
