@@ -18,7 +18,7 @@ from tfrec.stages import merge
 pytestmark = pytest.mark.slow
 
 TEXTS = ["the war of space", "a love story", ""]
-TOLERANCE = {"full": 0, "bitfit": 0, "adapter": 0, "lora": 1e-6}
+TOLERANCE = {"full": 0, "bitfit": 0, "adapter": 0, "prompt": 0, "lora": 1e-6}
 
 
 def encoded(run, artifact, cut):
@@ -75,9 +75,10 @@ def test_its_text_is_a_plain_bert_that_others_read(both):
     weights = {
         name for cut in ("select", "final") for name in read(new.file(f"{cut}/weights.safetensors"))
     }
-    if method == "adapter":
+    if method in ("adapter", "prompt"):
         assert names == ["text/model.safetensors"]
-        assert any("adapter" in name for name in weights)
+        part = {"adapter": "adapter", "prompt": "prefix"}[method]
+        assert any(part in name for name in weights)
         return
     assert names == [f"{cut}/text/model.safetensors" for cut in ("final", "select", "test")]
     assert not any(name.startswith("encoder.") for name in weights)
