@@ -11,8 +11,11 @@ Without a TABLE all of them are made:
                   films and without those that both have; MovieLens-1M to the shop, and back. The
                   encoder is pretrained once, with the first seed
 
-Every side is given at least as many seconds of training as the mixture has in all, pretraining
-counted (the epochs of each are below), and validation chooses its epoch. No refits. Full ranking
+`objectives` and `large` give the side without pretraining as many seconds of training as the
+mixture has in all, pretraining counted; a single objective has the epochs of the mixture, whatever
+these take. With few labels more training does no good: there the side without pretraining has 600
+epochs, of which validation chooses. The seconds of every side are told. Validation chooses the
+epoch. No refits. Full ranking
 of the last event of every user (leave-one-out), history left out. Results are kept in --out, and
 the same command goes on after a kill. The table gives means over seeds, their spread, and the
 interval of the relative difference to the first row by a paired bootstrap over users (NDCG@10 of a

@@ -42,7 +42,7 @@ def make_packed(
 LENGTHS = [9, 3, 0, 1, 14, 5, 7, 2, 30, 4, 6, 8] * 3
 
 
-def make_batches(batch_size=8, replicas=1, sampled=None, lengths=None, **settings):
+def make_batches(batch_size=8, replicas=1, sampled=None, lengths=None, profile_width=0, **settings):
     """TrainingBatches over 36 users and 12 items, rows of 8 places, users of two attributes."""
     from tfrec.models.batches import TrainingBatches
 
@@ -51,7 +51,7 @@ def make_batches(batch_size=8, replicas=1, sampled=None, lengths=None, **setting
     return TrainingBatches(
         make_packed(lengths),
         batch_size,
-        profile=np.zeros((len(lengths), 0), np.float32),
+        profile=np.zeros((len(lengths), profile_width), np.float32),
         attributes=rng.normal(size=(len(lengths), 2)).astype(np.float32),
         sampled=sampled,
         replicas=replicas,

@@ -1,5 +1,7 @@
 """Objectives of pretraining: what their host arrays say, and that each can be learned."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toys import LENGTHS, make_batches, make_interactions, make_packed, small_config
@@ -277,6 +279,48 @@ def test_divergence_of_a_standard_normal_is_nothing(precision):
     np.testing.assert_allclose(divergence, [0, 0], atol=1e-6)
 
 
+def test_the_divergence_counts_more_and_more():
+    """From nothing, evenly, and no more after ``anneal`` updates."""
+    pretrainer = Pretrainer(two_tower(), config({"vae": 1.0}, divergence=0.5), anneal=100)
+    batch = next(iter(make_batches(objectives=pretrainer.objectives).dataset(0)))
+    vectors = pretrainer.two_tower.candidates(batch, False)
+    pretrainer._inputs = batch
+
+    def loss(step):
+        return float(pretrainer.vae.loss_of(pretrainer, vectors, batch, False, tf.constant(step)))
+
+    most = loss(100) - loss(0)
+    assert most > 0.01
+    assert loss(25) - loss(0) == pytest.approx(most / 4, rel=1e-3)
+    assert loss(1000) == loss(100)
+
+
+def test_what_follows_a_history_as_a_text_is_learned(tmp_path):
+    """Each text tells the item after it, and nothing else does."""
+    count = len(LENGTHS)
+    targets = (np.arange(count) % ITEMS + 1).astype(np.int32)
+    told = TextHistory(
+        np.eye(ITEMS + 1, dtype=np.float32)[targets],
+        targets,
+        np.ones(count, np.float32),
+        np.arange(count + 1),
+    )
+    set_seed(1)
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(ITEMS + 1, 6)).astype(np.float32)
+    attributes = np.zeros((ITEMS + 1, 2), np.float32)
+    tower = TwoTower(small_config(), text, attributes, make_packed_coding(), ITEMS + 1, 2)
+    learns = config({"text_history": 1.0}, epochs=60, learning_rate=0.03)
+    pretrainer = Pretrainer(tower, learns, text_history=told)
+    batches = make_batches(objectives=pretrainer.objectives, profile_width=ITEMS + 1)
+    state = Trainer(pretrainer, learns, place("one_device")).fit(
+        batches, work_dir=tmp_path, title="pretraining"
+    )
+    losses = [record["text_history"] for record in state.history]
+    assert losses[0] == pytest.approx(np.log(ITEMS), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_contrast_is_lost_without_a_second_event(generator):
     rows = make_packed([1, 1, 1]).epoch(0)
     assert Contrastive(EVERY_ITEM).arrays(rows, generator)["contrastive_weight"].sum() == 0
@@ -307,4 +351,21 @@ def test_histories_as_texts():
     assert texts[1] == texts[3] == ""
     newest = titles[events.item[3]]
     assert newest in texts[0].partition(".")[0]
-    assert texts[2].partition(":")[0] in ("liked", "disliked", "viewed", "bought")
+
+
+def test_histories_as_texts_say_what_was_thought_of_it():
+    events = make_interactions([5], items=3, names=("view", "purchase"))
+    events = replace(
+        events,
+        item=np.array([1, 2, 3, 1, 2], np.int32),
+        event=np.array([1, 0, 0, 0, 0], np.int8),
+        rating=np.array([np.nan, 1, 5, 3, 5], np.float32),
+    )
+    titles = ["", "Heat", "Fargo", "Clue"]
+
+    def told(stop, most):
+        return history_texts(events, titles, np.array([0]), np.array([stop]), most)
+
+    assert told(5, 20) == ["liked: Fargo; Clue. viewed: Heat. disliked: Fargo. bought: Heat"]
+    assert told(5, 2) == ["liked: Fargo. viewed: Heat"]
+    assert told(2, 20) == ["disliked: Fargo. bought: Heat"]

@@ -174,7 +174,8 @@ class _Evaluation:
         self.config, self.dataset, self.parents = config, dataset, parents
         self.settings = config.evaluate
         self.ks = sorted(set(self.settings.k))
-        self.cold_items = _split(config, parents["dataset"]) == "item_cold"
+        self.split = _split(config, parents["dataset"])
+        self.cold_items = self.split == "item_cold"
         # Cold items are measured at a k of their own, whatever the others are.
         self.depth = max([*self.ks, COLD_K] if self.cold_items else self.ks)
         self.history = dataset.interactions.part(TRAIN, VALID)
@@ -444,7 +445,7 @@ class _Evaluation:
         wanted = self.held_out.user * np.int64(items + 1) + self.held_out.item
         again = are_among(wanted, pair_keys(self.history, items))
         told = {
-            "split": self.config.data.split,
+            "split": self.split,
             "users": len(around.users),
             "targets": len(around.targets),
             "targets_in_history": int(again.sum()),
