@@ -1,6 +1,8 @@
 """The indexes: exact answers by definition, ScaNN close to them, both the same to their users."""
 
 import errno
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from tfrec.index import (
     ScannIndex,
     ShardedIndex,
     TopK,
+    disk,
     load_index,
     make_index,
     shards,
@@ -521,6 +524,34 @@ def test_a_damaged_index_is_an_artifact_error(kind, tmp_path):
     assert len(load_index(tmp_path).ids) == 30
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_byte_of_index_json_is_an_artifact_error(kind, tmp_path):
+    make_index(_vectors(30), _ids(30), kind).save(tmp_path)
+    path = tmp_path / "index.json"
+    whole = path.read_bytes()
+    for at, byte in enumerate(whole[:-1]):
+        path.write_bytes(whole[:at] + bytes([byte ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ArtifactError, match=r"index\.json"):
+            load_index(tmp_path, mapped=True)
+    path.write_bytes(whole)
+    assert len(load_index(tmp_path).ids) == 30
+
+
+def test_an_index_of_the_format_before_is_read(tmp_path):
+    ExactIndex.build(_vectors(30), _ids(30)).save(tmp_path)
+    path = tmp_path / "index.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "format": 1}))
+    with pytest.raises(ArtifactError, match=r"index\.json is damaged"):
+        load_index(tmp_path)
+    del about["digest"]
+    path.write_text(json.dumps({**about, "format": 1}))
+    assert len(load_index(tmp_path).ids) == 30
+    path.write_text(json.dumps(about))
+    with pytest.raises(ArtifactError, match=r"index\.json is damaged"):
+        load_index(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -587,6 +618,31 @@ class TestShards:
         held = [*sorted(set(range(1, 101)) - {1, 99}), 300, 500, 600]
         assert loaded.ids.tolist() == index.ids.tolist() == held
         assert loaded.search(query[:6], 1).ids.ravel().tolist() == [500, 300, 5, 600, 20, 90]
+
+    def test_that_are_damaged_are_an_artifact_error(self, kind, tmp_path):
+        ShardedIndex.build([_vectors(60)], tmp_path, kind=kind, shard_rows=25)
+        for path in [p for p in tmp_path.glob("data-*/shard-00001/**/*") if p.is_file()]:
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+            with pytest.raises(ArtifactError, match=f"{path.name} is damaged"):
+                load_index(tmp_path).search(_vectors(1), 3)
+            path.write_bytes(whole)
+        one, other = sorted(tmp_path.glob("data-*/shard-*"))[:2]
+        other.rename(tmp_path / "kept")
+        shutil.copytree(one, other)
+        with pytest.raises(ArtifactError, match="damaged"):  # a whole shard, in another's place
+            load_index(tmp_path)
+
+    def test_are_compared_with_their_digests_once(self, kind, tmp_path, monkeypatch):
+        ShardedIndex.build([_vectors(60)], tmp_path, kind=kind, shard_rows=25)
+        index, read = ShardedIndex.load(tmp_path, resident=1), []
+        plain = disk.file_digest
+        monkeypatch.setattr(disk, "file_digest", lambda path: read.append(path) or plain(path))
+        index.search(_vectors(1), 3)
+        files = tmp_path.glob("data-*/shard-*/data-*/*")
+        assert sorted(read) == sorted(files)
+        index.search(_vectors(1), 3)
+        assert len(read) == len(set(read))
 
     def test_that_stop_midway_leave_what_was_there(self, kind, tmp_path):
         ShardedIndex.build([_vectors(50)], tmp_path, kind=kind, shard_rows=20)

@@ -184,7 +184,7 @@ def content_digest(
 ) -> str:
     """SHA-256 of what an artifact is made from and holds, as hex."""
     content = {"kind": kind, "config": config, "parents": parents, "files": files}
-    return hashlib.sha256(_canonical(content)).hexdigest()
+    return value_digest(content)
 
 
 def recipe_digest(
@@ -194,7 +194,7 @@ def recipe_digest(
 ) -> str:
     """SHA-256 of what an artifact is to be made from: equal recipe, no need to make it again."""
     content = {"kind": kind, "config": config, "parents": _lineage(parents)}
-    return hashlib.sha256(_canonical(content)).hexdigest()
+    return value_digest(content)
 
 
 def current(
@@ -219,6 +219,11 @@ def _lineage(parents: Mapping[str, Artifact | str] | None) -> dict[str, str]:
         role: parent if isinstance(parent, str) else parent.digest
         for role, parent in (parents or {}).items()
     }
+
+
+def value_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, as hex: however it is laid out in a file."""
+    return hashlib.sha256(_canonical(value)).hexdigest()
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

@@ -75,8 +75,9 @@ def load_index(
 
     Args:
       folder: What ``save`` was given.
-      mapped: Whether vectors stay on disk until they are asked for or changed, and digests are not
-        checked; those of a sharded index always do.
+      mapped: Whether vectors stay on disk until they are asked for or changed, and digests of files
+        are not checked. The vectors of a sharded index always stay there, and its digests are
+        always checked, see :class:`ShardedIndex`.
 
     Raises:
       ArtifactError: there is none, or it is damaged.

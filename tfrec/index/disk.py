@@ -1,7 +1,10 @@
 """Disk: an index as a folder of plain files, written whole or not at all, checked when read.
 
-``index.json`` names a folder beside it, the files in that and their digests. It is replaced last,
-so that a kill leaves the old index or the new one.
+``index.json`` names a folder beside it, the files in that and their digests, and has a digest of
+itself. It is replaced last, so that a kill leaves the old index or the new one.
+
+What lies in folders of their own there (shards) are indexes again: of those, the digest of their
+``index.json`` is kept, which has the digests of what belongs to it.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from tfrec.artifact import alone, disk_errors, file_digest, write_json
+from tfrec.artifact import alone, disk_errors, file_digest, value_digest, write_json
 from tfrec.errors import ArtifactError
 from tfrec.index.store import Store
 
-FORMAT = 1
+FORMAT = 2
 NAME = "index.json"
 
 
@@ -51,12 +54,15 @@ def _write(target: Path, about: Mapping[str, Any], files: Callable[[Path], None]
             data.mkdir(parents=True)
             files(data)
             listing = {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-                for path in sorted(data.iterdir())
+                path.relative_to(data).as_posix(): {
+                    "bytes": path.stat().st_size,
+                    "sha256": file_digest(path),
+                }
+                for path in sorted([*data.iterdir(), *data.glob(f"*/{NAME}")])
                 if path.is_file()
             }
             content = {"format": FORMAT, **about, "data": data.name, "files": listing}
-            write_json(target / NAME, content)
+            write_json(target / NAME, {**content, "digest": value_digest(content)})
         except BaseException:
             shutil.rmtree(data, ignore_errors=True)
             raise
@@ -79,12 +85,15 @@ def read(folder: str | os.PathLike[str], check: bool = True) -> tuple[dict[str, 
     try:
         about = json.loads(path.read_text("utf-8"))
         written, data, files = about["format"], Path(folder) / about["data"], about["files"]
-        if written != FORMAT:
+        if written not in (1, FORMAT):
             raise ArtifactError(
-                f"{path} is of format {written}, and this tfrec reads {FORMAT}; build it again, "
-                "or use the tfrec that wrote it"
+                f"{path} is of format {written}, and this tfrec reads 1 and {FORMAT}; build it "
+                "again, or use the tfrec that wrote it"
             )
-        names = [about["data"], *files]
+        # Format 1 had no digest of itself.
+        if about.pop("digest", None) != (value_digest(about) if written == FORMAT else None):
+            raise ArtifactError(f"{path} is damaged: its digest differs; build the index again")
+        names = [about["data"], *(part for name in files for part in name.split("/"))]
         if any(Path(name).name != name or name in ("", ".", "..") for name in names):
             raise ValueError
         expected = {data / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}

@@ -303,7 +303,7 @@ class ScannIndex(StoredIndex):
         Args:
           folder: Holds a ScaNN index.
           mapped: Whether our copy of the vectors stays on disk until it is asked for or changed,
-            and digests are not checked; ScaNN's own are in memory.
+            and digests of files are not checked; ScaNN's own are in memory.
 
         Raises:
           ArtifactError: a file is missing or damaged, or the folder holds something else.
