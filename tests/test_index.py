@@ -449,6 +449,57 @@ class TestScann:
         assert len(index.ids) == 70
         assert index.search(_vectors(20, seed=1)[3], 1).ids.shape == (1, 1)
 
+    def test_a_training_that_fails_is_logged_and_tried_again(self, monkeypatch, caplog):
+        index = ScannIndex.build(_vectors(50), _ids(50))
+        before, ids = index._searcher, iter(range(51, 200))
+
+        def add(count):
+            some = np.array([next(ids) for _ in range(count)], np.int32)
+            index.add(_vectors(count, seed=int(some[0])), some)
+            index._thread.join()
+
+        def fail(*_):
+            raise MemoryError("no memory for another searcher")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tfrec.index.scann.train", fail)
+            add(11)  # more than a fifth of 50
+            add(10)
+            (said,) = caplog.messages
+            assert "no memory for another searcher" in said
+            assert "after more than 10 more changes" in said
+            add(1)
+            assert len(caplog.messages) == 2
+        add(10)
+        assert index._searcher is before
+        add(1)
+        assert index._searcher is not before
+        index.join()
+        assert len(caplog.messages) == 2
+        assert len(index.ids) == 83
+
+    def test_a_process_ends_while_a_training_runs(self):
+        start = (
+            "import atexit, threading, time, numpy as np\n"
+            "atexit.register(lambda: print(index.rebuilding))\n"  # after those registered later
+            "from tfrec.index import ScannIndex, scann, tuner\n"
+            "v = np.random.default_rng(0).normal(size=(500, 8)).astype('float32')\n"
+            "index = ScannIndex.build(v, np.arange(1, 501, dtype='int32'))\n"
+        )
+        waits = "scann._PATIENCE, scann.train = 0.1, lambda *_: threading.Event().wait()\n"
+        # A thread that comes back from ScaNN while the interpreter ends can abort the process.
+        tunes = (
+            "trial = tuner.Trial(index._searcher, v, np.zeros((500, 10), 'int64'))\n"
+            "scann.train = lambda *_: [trial.run(20, 50) for _ in iter(int, 1)]\n"
+        )
+        for train, left in ((waits, True), (tunes, False)):
+            code = f"{start}{train}index.rebuild()\ntime.sleep(0.1)\nprint(index.rebuilding)"
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+            )
+            assert done.stdout == f"True\n{left}\n"
+            assert done.returncode == 0
+
     def test_a_folder_with_a_pickle_is_refused(self, tmp_path):
         make_index(_vectors(20), _ids(20), "scann").save(tmp_path)
         (tmp_path / "scann_docids.pkl").write_bytes(b"anything")

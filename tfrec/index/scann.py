@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import importlib.util
+import logging
 import math
 import os
 import sys
 import threading
 import types
+import weakref
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,9 @@ from tfrec.index import disk
 from tfrec.index.exact import StoredIndex, allowed_places, nearest
 from tfrec.index.results import Floats, Ids, Ragged, TopK, is_listed, merged
 from tfrec.index.store import Metric, Precision, Store, room
-from tfrec.index.tuner import Layout, Plan, Tuned, plan_for, suited, tune
+from tfrec.index.tuner import ENDING, EndingError, Layout, Plan, Tuned, plan_for, suited, tune
+
+_log = logging.getLogger(__name__)
 
 LEAST = 16
 """Fewer vectors than this ScaNN cannot be trained on."""
@@ -31,6 +36,9 @@ LEAST = 16
 _ROWS_A_CANDIDATE = 100
 # Numbers of candidates' vectors that are scored again at a time.
 _RESCORED = 1 << 22
+# Seconds that a process which ends waits for a training to stop.
+_PATIENCE = 3.0
+_trainings: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class ScannIndex(StoredIndex):
@@ -47,7 +55,8 @@ class ScannIndex(StoredIndex):
     Items are found as soon as they are added. After many changes the tree and the codes fit the
     vectors no longer so well: when the changes since the last training exceed the share
     ``rebuild_after`` of the items it was trained on, a thread trains another searcher on a copy,
-    brings it up to date and puts it in place, while searches and changes go on.
+    brings it up to date and puts it in place, while searches and changes go on. A training that
+    fails is logged, and tried again after as many changes more.
     """
 
     kind = "scann"
@@ -72,6 +81,7 @@ class ScannIndex(StoredIndex):
         self._journal: list[tuple[Floats | None, Ids]] | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._failed_at = 0  # changes
 
     @classmethod
     def build(
@@ -226,14 +236,12 @@ class ScannIndex(StoredIndex):
         self._changes += len(ids)
         if self._journal is not None:
             self._journal.append((None if vectors is None else vectors.copy(), ids.copy()))
-        due = self._changes > self.rebuild_after * self._trained_on
-        if due and self._failure is None:
+        if self._changes - self._failed_at > self.rebuild_after * self._trained_on:
             self._start()
 
     def rebuild(self) -> None:
         """Starts to train and tune anew in the background, unless that runs already."""
         with self._gate.writing():
-            self._failure = None
             self._start()
 
     @property
@@ -255,7 +263,9 @@ class ScannIndex(StoredIndex):
 
     def _start(self) -> None:
         if not self.rebuilding and len(self._store) >= LEAST:
-            self._thread = threading.Thread(target=self._rebuild, name="index-rebuild")
+            self._failure = None
+            self._thread = threading.Thread(target=self._rebuild, name="index-rebuild", daemon=True)
+            _trainings.add(self._thread)
             self._thread.start()
 
     def _rebuild(self) -> None:
@@ -273,8 +283,16 @@ class ScannIndex(StoredIndex):
                 self._changes = sum(len(ids) for _, ids in self._journal)
                 self._store, self._searcher = store, searcher
                 self._layout, self._tuned, self._trained_on = layout, tuned, trained_on
+                self._failed_at = 0
+        except EndingError:
+            pass
         except Exception as failure:  # noqa: BLE001 - join raises it
-            self._failure = failure
+            self._failure, self._failed_at = failure, self._changes
+            _log.warning(
+                "training the index anew failed (%s: %s): it goes on as it was, and tries again "
+                "after more than %d more changes",
+                *(type(failure).__name__, failure, self.rebuild_after * self._trained_on),
+            )
         finally:
             self._journal = None
 
@@ -416,6 +434,18 @@ def configuration(vectors: Floats, layout: Layout | None, precision: Precision =
         builder.reorder(min(300, len(vectors)), scann.ReorderType[precision.upper()])
     told: str = builder.create_config()
     return told
+
+
+@atexit.register
+def _end() -> None:
+    """Lets the trainings in the background stop between two searches of ScaNN's.
+
+    A thread that comes back from ScaNN while the interpreter ends aborts the process. One that
+    trains a tree for longer than we wait does not come back before the process is gone.
+    """
+    ENDING.set()
+    for thread in list(_trainings):
+        thread.join(_PATIENCE)
 
 
 def installed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,9 @@ from tfrec.index.store import Store
 DEPTHS = (10, 100)
 """The k for which a search is tuned; what lies between is interpolated."""
 
+ENDING = threading.Event()
+"""Set when the process ends: who tunes in the background stops."""
+
 _QUERIES = 600
 # Vectors on which layouts are compared; below the least, comparing is not worth the time.
 _PILOT = 125_000
@@ -26,6 +30,10 @@ _LEAST_PILOT = 20_000
 # Candidates for each result, from the most: each step is tried while it makes searching faster.
 _SHARES = (64, 40, 25, 16, 10, 7, 5, 3.5, 2.5, 1.8, 1.4, 1.15)
 _STEP = 1.3
+
+
+class EndingError(Exception):
+    """The process ends, so that nobody will search as is being tuned."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,13 @@ class Trial:
         return int(self._truth.shape[1])
 
     def run(self, leaves: int, candidates: int) -> tuple[float, float]:
-        """Recall, and seconds of one thread."""
+        """Recall, and seconds of one thread.
+
+        Raises:
+          EndingError: the process ends.
+        """
+        if ENDING.is_set():
+            raise EndingError
         k = self.k
         began = time.thread_time()
         found, scores = self._searcher.search_batched(
