@@ -27,6 +27,7 @@ from tfrec.index import (
     shards,
     top_k,
 )
+from tfrec.index import scann as scann_module
 from tfrec.index.among import Among
 
 try:
@@ -386,6 +387,35 @@ class TestScann:
         assert loaded.tuned.target == 0.8
         assert loaded.layout == index.layout
         assert (loaded.tuned.queries == index.tuned.queries).all()
+
+    def test_tunes_with_the_queries_it_has_where_none_are_given(self):
+        vectors, queries = _clustered(3000)
+        index = ScannIndex.build(vectors, _ids(3000), recall=0.8, queries=queries)
+        assert index.tune(0.9).target == 0.9
+        assert np.isin(index.tuned.queries, queries).all()
+        others = _clustered(3000, seed=3)[1]
+        assert np.isin(index.tune(0.9, others).queries, others).all()
+        assert ScannIndex.build(vectors, _ids(3000)).tune(0.8).queries is None
+
+    def test_what_tune_was_asked_during_a_training_outlives_it(self, monkeypatch):
+        vectors, queries = _clustered(3000)
+        index = ScannIndex.build(vectors, _ids(3000), recall=0.5)
+        plain, told = scann_module.train, []
+
+        def train(*asked):
+            found = plain(*asked)
+            told.append(index.tune(0.99, queries))
+            return found
+
+        monkeypatch.setattr(scann_module, "train", train)
+        before = index._searcher
+        index.rebuild()
+        index.join()
+        assert index._searcher is not before
+        assert index.tuned is not told[0]  # it was chosen for the searcher of before
+        assert index.tuned.target == 0.99
+        assert np.isin(index.tuned.queries, queries).all()
+        assert all(plan.recall >= 0.98 for plan in index.tuned.plans.values())
 
     @pytest.mark.parametrize("recall", [0, 1, 1.5, -1])
     def test_refuses_a_recall_that_is_none(self, recall):

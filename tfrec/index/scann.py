@@ -134,13 +134,15 @@ class ScannIndex(StoredIndex):
 
         Args:
           recall: As for :meth:`build`.
-          queries: As for :meth:`build`.
+          queries: As for :meth:`build`; None: those it was tuned with before, if there are any.
 
         Raises:
           InputError: the queries or the recall do not fit.
         """
         asked = None if queries is None else self._store.queries(queries, 1, None)
         with self._gate.reading():
+            if asked is None:
+                asked = self._tuned.queries
             self._tuned = tune(self._searcher, self._store, self._layout, recall, asked)
         return self._tuned
 
@@ -272,18 +274,25 @@ class ScannIndex(StoredIndex):
         try:
             with self._gate.reading():
                 store, self._journal = self._store.copy(), []
-            searcher, layout, tuned = train(store, self._tuned.target, self._tuned.queries)
+            known = self._tuned
+            searcher, layout, tuned = train(store, known.target, known.queries)
             trained_on, done = len(store), 0
-            # Most of what happened meanwhile is done beside the searches, the rest at the swap.
-            while len(todo := self._journal[done:]) > 1:
-                replay(todo, store, searcher)
-                done += len(todo)
-            with self._gate.writing():
-                replay(self._journal[done:], store, searcher)
-                self._changes = sum(len(ids) for _, ids in self._journal)
-                self._store, self._searcher = store, searcher
-                self._layout, self._tuned, self._trained_on = layout, tuned, trained_on
-                self._failed_at = 0
+            while True:
+                # Most of what happened meanwhile is done beside the searches, the rest at the swap.
+                while len(todo := self._journal[done:]) > 1:
+                    replay(todo, store, searcher)
+                    done += len(todo)
+                with self._gate.writing():
+                    if self._tuned is known:
+                        replay(self._journal[done:], store, searcher)
+                        self._changes = sum(len(ids) for _, ids in self._journal)
+                        self._store, self._searcher = store, searcher
+                        self._layout, self._tuned, self._trained_on = layout, tuned, trained_on
+                        self._failed_at = 0
+                        return
+                # Somebody called tune meanwhile: what was asked for then counts.
+                known = self._tuned
+                tuned = tune(searcher, store, layout, known.target, known.queries)
         except EndingError:
             pass
         except Exception as failure:  # noqa: BLE001 - join raises it
