@@ -799,6 +799,69 @@ def test_two_savers_leave_one_whole_index(tmp_path):
     assert len(list((tmp_path / "one").glob("data-*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (_ids(60).astype(np.int64) + 2**32, "1 to 2147483647"),
+        (_ids(60) + 0.5, "whole numbers, and got float64"),
+        (_ids(60).reshape(1, 60), "a list of whole numbers"),
+        (_ids(60) - 1, "start at 1"),
+        (np.ones(60, np.int64), "twice"),
+        (_ids(61), "60 vectors, 61 ids"),
+        (_ids(59), "60 vectors or more, 59 ids"),
+    ],
+)
+def test_ids_that_do_not_fit_are_refused_before_a_shard_is_built(ids, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(ExactIndex, "build", None)
+    np.save(tmp_path / "vectors.npy", _vectors(60))
+    for vectors in ([_vectors(60)], tmp_path / "vectors.npy"):
+        with pytest.raises(InputError, match=says):
+            ShardedIndex.build(vectors, tmp_path / "big", ids, kind="exact", shard_rows=25)
+    assert not (tmp_path / "big").exists()
+
+
+def test_a_wrong_number_of_ids_is_found_as_soon_as_blocks_tell_it(tmp_path, monkeypatch):
+    built, plain = [], ExactIndex.build
+    monkeypatch.setattr(ExactIndex, "build", lambda *a, **b: built.append(1) or plain(*a, **b))
+    for count, before in ((40, 1), (50, 2), (61, 2)):
+        built.clear()
+        with pytest.raises(InputError, match=rf"vectors( or more)?, {count} ids"):
+            ShardedIndex.build(
+                (_vectors(60)[i : i + 7] for i in range(0, 60, 7)), tmp_path, _ids(count),
+                kind="exact", shard_rows=25,
+            )  # fmt: skip
+        assert len(built) == before
+
+
+@pytest.mark.parametrize("rows", [10, 25, 100])
+@pytest.mark.parametrize("odd", [_vectors(20, 7), _vectors(20, 9), _vectors(20)[0]])
+def test_blocks_of_another_width_are_refused(rows, odd, tmp_path):
+    with pytest.raises(InputError, match=r"blocks of vectors are \(m, 8\) throughout.* after 20"):
+        ShardedIndex.build([_vectors(20), odd], tmp_path, kind="exact", shard_rows=rows)
+    np.save(tmp_path / "flat.npy", np.zeros(20, np.float32))
+    with pytest.raises(InputError, match=r"flat\.npy is \(20,\), and vectors are \(n, dim\)"):
+        ShardedIndex.build(tmp_path / "flat.npy", tmp_path / "big", kind="exact")
+
+
+def test_a_search_beside_a_save_over_itself_finds_its_shards(tmp_path, monkeypatch):
+    vectors = _vectors(60)
+    ShardedIndex.build([vectors], tmp_path, kind="exact", shard_rows=25)
+    index = ShardedIndex.load(tmp_path, resident=1)
+    expected = index.search(vectors[:3], 5).ids
+    under_way = index._shards()
+    next(under_way)
+    plain, found = shutil.rmtree, []
+
+    def rmtree(path, **told):
+        plain(path, **told)
+        found.append(index.search(vectors[:3], 5).ids)
+
+    monkeypatch.setattr(disk.shutil, "rmtree", rmtree)
+    index.save(tmp_path)
+    assert [row.tolist() for row in found] == [expected.tolist()]
+    assert [len(shard.ids) for shard in under_way] == [25, 10]
+
+
 def test_a_sharded_index_saved_over_itself_goes_on(tmp_path):
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(60, 8)).astype(np.float32)

@@ -30,6 +30,7 @@ def write(
     folder: str | os.PathLike[str],
     about: Mapping[str, Any],
     files: Callable[[Path], None],
+    written: Callable[[Path], None] = lambda data: None,
 ) -> None:
     """Makes ``folder`` hold an index.
 
@@ -37,16 +38,22 @@ def write(
       folder: Where; an index that is there is replaced.
       about: What ``index.json`` says beside the files.
       files: Writes them into the folder it is given.
+      written: Told that folder when the index is there, before an old one is deleted.
 
     Raises:
       SetupError: the disk is full or cannot be written.
     """
     target = Path(folder)
     with alone(target):
-        _write(target, about, files)
+        _write(target, about, files, written)
 
 
-def _write(target: Path, about: Mapping[str, Any], files: Callable[[Path], None]) -> None:
+def _write(
+    target: Path,
+    about: Mapping[str, Any],
+    files: Callable[[Path], None],
+    written: Callable[[Path], None],
+) -> None:
     numbers = [path.name.removeprefix("data-") for path in target.glob("data-*")]
     data = target / f"data-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
     with disk_errors(target):
@@ -66,6 +73,7 @@ def _write(target: Path, about: Mapping[str, Any], files: Callable[[Path], None]
         except BaseException:
             shutil.rmtree(data, ignore_errors=True)
             raise
+    written(data)
     for old in target.glob("data-*"):
         if old != data:
             shutil.rmtree(old, ignore_errors=True)

@@ -16,7 +16,7 @@ from tfrec.index import disk, scann
 from tfrec.index.exact import ExactIndex, StoredIndex, refuse
 from tfrec.index.results import Floats, Ids, Ragged, TopK, merged
 from tfrec.index.scann import ScannIndex
-from tfrec.index.store import Metric, Precision, whole_numbers
+from tfrec.index.store import Metric, Precision, checked_ids, whole_numbers
 
 
 class ShardedIndex:
@@ -80,17 +80,21 @@ class ShardedIndex:
         """
         if shard_rows < 1:
             raise InputError(f"shard_rows is at least 1, and got {shard_rows}")
-        if ids is not None and len(np.unique(ids)) != len(ids):
-            raise InputError("an id is given twice to the index")
+        given = None if ids is None else checked_ids(ids)
+        blocks, total = _blocks(vectors, shard_rows)
+        if given is not None and total is not None:
+            _one_for_each(total, given)
         names: list[str] = []
 
         def files(data: Path) -> None:
             start = 0
-            for part in _parts(vectors, shard_rows):
+            for part in _parts(blocks, shard_rows):
                 stop = start + len(part)
                 own = np.arange(start + 1, stop + 1, dtype=np.int32)
-                if ids is not None:
-                    own = np.asarray(ids[start:stop], np.int32)
+                if given is not None:
+                    if stop > len(given) or len(part) < shard_rows:  # too many, or the last
+                        _one_for_each(stop, given)
+                    own = given[start:stop]
                 made: StoredIndex
                 if kind == "scann" and len(part) >= scann.LEAST:
                     made = ScannIndex.build(
@@ -104,10 +108,8 @@ class ShardedIndex:
                 start = stop
             if not names:
                 raise InputError("a sharded index takes at least one vector, and got none")
-            if ids is not None and len(ids) != start:
-                raise InputError(
-                    f"an index takes one vector for each id; got {start} vectors, {len(ids)} ids"
-                )
+            if given is not None:
+                _one_for_each(start, given)
 
         disk.write(folder, {"kind": cls.kind, "shards": names}, files)
         return cls.load(folder, resident=resident)
@@ -192,18 +194,24 @@ class ShardedIndex:
             for name, shard in zip(names, self._shards(), strict=True):
                 shard.save(data / name)
 
-        same = self._folders and Path(folder).resolve() == self._folders[0].parent.parent.resolve()
-        with self._changing:
-            disk.write(folder, {"kind": self.kind, "shards": names}, files)
-            if same:  # what was read before is gone
-                data = disk.read(folder, check=False)[1]
+        def written(data: Path) -> None:
+            with self._opening:  # what is read from now on is not what will be deleted
                 self._folders = [data / name for name in names]
 
+        about = {"kind": self.kind, "shards": names}
+        with self._changing:
+            here = self._folders and self._folders[0].parent.parent.resolve()
+            if here == Path(folder).resolve():
+                disk.write(folder, about, files, written)
+            else:
+                disk.write(folder, about, files)
+
     def _shards(self) -> Iterator[StoredIndex]:
-        for number, folder in enumerate(self._folders):
+        for number in range(len(self._folders)):
             with self._opening:
                 shard = self._open.get(number)
                 if shard is None:
+                    folder = self._folders[number]
                     if number not in self._checked:
                         disk.read(folder)
                         self._checked.add(number)
@@ -239,17 +247,49 @@ def open_shard(folder: Path) -> StoredIndex:
     raise ArtifactError(f"{folder} says kind '{kind}', and a shard is exact or scann")
 
 
-def _parts(vectors: Iterable[Floats] | str | os.PathLike[str], size: int) -> Iterator[Floats]:
-    """The vectors in arrays of ``size`` rows, the last one shorter."""
+def _one_for_each(vectors: int, ids: Ids) -> None:
+    if vectors != len(ids):
+        more = " or more" if vectors > len(ids) else ""
+        raise InputError(
+            f"an index takes one vector for each id; got {vectors} vectors{more}, {len(ids)} ids"
+        )
+
+
+def _blocks(
+    vectors: Iterable[Floats] | str | os.PathLike[str], size: int
+) -> tuple[Iterable[Floats], int | None]:
+    """Blocks of vectors, and how many vectors they are if that is known before they are read."""
     if isinstance(vectors, str | os.PathLike):
         try:
             mapped = np.load(vectors, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{os.fspath(vectors)} is no .npy file: {error}") from None
-        vectors = (mapped[start : start + size] for start in range(0, len(mapped), size))
+        if mapped.ndim != 2:
+            raise InputError(f"{os.fspath(vectors)} is {mapped.shape}, and vectors are (n, dim)")
+        return (mapped[start : start + size] for start in range(0, len(mapped), size)), len(mapped)
+    if isinstance(vectors, list | tuple):
+        return vectors, sum(len(block) for block in vectors)
+    return vectors, None
+
+
+def _parts(blocks: Iterable[Floats], size: int) -> Iterator[Floats]:
+    """The vectors in arrays of ``size`` rows, the last one shorter.
+
+    Raises:
+      InputError: a block is not (m, dim), or its vectors are wider or narrower than the first.
+    """
     held: list[Floats] = []
-    count = 0
-    for block in vectors:
+    count = read = width = 0
+    for block in blocks:
+        if len(block):
+            shape = np.shape(block)
+            width = width or shape[-1]
+            if len(shape) != 2 or shape[1] != width:
+                raise InputError(
+                    f"blocks of vectors are (m, {width}) throughout, and got {shape} after {read} "
+                    "vectors"
+                )
+            read += len(block)
         while len(block):
             some = block[: size - count]
             held.append(np.array(some, np.float32))

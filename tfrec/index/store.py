@@ -298,6 +298,27 @@ def whole_numbers(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     return ids.astype(np.int64, copy=False)
 
 
+def checked_ids(ids: NDArray[np.integer]) -> Ids:
+    """int32 (n,): ids that an index can hold.
+
+    Raises:
+      InputError: they are no list of whole numbers, one is below 1 or too large, or one repeats.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise InputError(
+            f"ids in an index are a list of whole numbers, and got {ids.dtype} {ids.shape}"
+        )
+    if len(ids) and (ids.min() < 1 or ids.max() > np.iinfo(np.int32).max):
+        raise InputError(
+            f"ids in an index are 1 to 2147483647: they start at 1, and {ids.min()} to {ids.max()}"
+            " was given"
+        )
+    if len(np.unique(ids)) != len(ids):
+        raise InputError("an id is given twice to the index")
+    return ids.astype(np.int32, copy=False)
+
+
 def _longer(array: NDArray[Any], size: int) -> NDArray[Any]:
     longer = np.zeros((size, *array.shape[1:]), array.dtype)
     longer[: min(len(array), size)] = array[:size]
@@ -322,13 +343,4 @@ def _checked(vectors: Floats, ids: Ids, width: int | None = None) -> tuple[Float
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise InputError(f"the vector of item {ids[row]} has values that are not finite")
-    if len(ids) and ids.dtype.kind not in "iu":
-        raise InputError(f"ids in an index are whole numbers, and got {ids.dtype}")
-    if len(ids) and (ids.min() < 1 or ids.max() > np.iinfo(np.int32).max):
-        raise InputError(
-            f"ids in an index are 1 to 2147483647: they start at 1, and {ids.min()} to {ids.max()}"
-            " was given"
-        )
-    if len(np.unique(ids)) != len(ids):
-        raise InputError("an id is given twice to the index")
-    return vectors, ids.astype(np.int32, copy=False)
+    return vectors, checked_ids(ids)
