@@ -311,6 +311,13 @@ def test_a_metric_or_precision_that_is_not_known_is_refused():
         ExactIndex.build(_vectors(9), _ids(9), precision="int4")
 
 
+def test_a_kind_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(InputError, match="kind is one of auto, exact, scann, not 'flat'"):
+        make_index(_vectors(20), _ids(20), "flat")
+    with pytest.raises(InputError, match="kind is one of exact, scann, not 'auto'"):
+        ShardedIndex.build([_vectors(20)], tmp_path, kind="auto")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])

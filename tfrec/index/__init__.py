@@ -15,7 +15,7 @@ from tfrec.index.exact import ExactIndex, Index
 from tfrec.index.results import Floats, Ids, Ragged, TopK, top_k
 from tfrec.index.scann import ScannIndex
 from tfrec.index.shards import ShardedIndex
-from tfrec.index.store import Metric, Precision
+from tfrec.index.store import Metric, Precision, one_of
 
 __all__ = [
     "EXACT_LIMIT",
@@ -56,9 +56,10 @@ def make_index(
       queries: See :meth:`ScannIndex.build`.
 
     Raises:
-      InputError: the vectors or ids are not as said.
+      InputError: the vectors, the ids or the kind are not as said.
       SetupError: ``scann`` was asked for and is not installed.
     """
+    one_of("kind", kind, ("auto", "exact", "scann"))
     if kind == "auto":
         kind = "scann" if len(ids) > EXACT_LIMIT and scann.installed() else "exact"
     if kind == "exact":

@@ -16,7 +16,7 @@ from tfrec.index import disk, scann
 from tfrec.index.exact import ExactIndex, StoredIndex, refuse
 from tfrec.index.results import Floats, Ids, Ragged, TopK, merged
 from tfrec.index.scann import ScannIndex
-from tfrec.index.store import Metric, Precision, checked_ids, whole_numbers
+from tfrec.index.store import Metric, Precision, checked_ids, one_of, whole_numbers
 
 
 class ShardedIndex:
@@ -75,11 +75,12 @@ class ShardedIndex:
           resident: See :class:`ShardedIndex`.
 
         Raises:
-          InputError: a block or the ids do not fit, or there is no vector.
+          InputError: a block, the ids or the kind do not fit, or there is no vector.
           SetupError: ScaNN is not installed, or the disk is full.
         """
         if shard_rows < 1:
             raise InputError(f"shard_rows is at least 1, and got {shard_rows}")
+        one_of("kind", kind, ("exact", "scann"))
         given = None if ids is None else checked_ids(ids)
         blocks, total = _blocks(vectors, shard_rows)
         if given is not None and total is not None:

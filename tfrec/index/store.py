@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -44,12 +44,8 @@ class Store:
         metric: Metric = "dot",
         precision: Precision = "float32",
     ) -> None:
-        for what, given, known in (
-            ("metric", metric, get_args(Metric)),
-            ("precision", precision, get_args(Precision)),
-        ):
-            if given not in known:
-                raise InputError(f"{what} is one of {', '.join(known)}, not '{given}'")
+        one_of("metric", metric, get_args(Metric))
+        one_of("precision", precision, get_args(Precision))
         self.metric, self.precision = metric, precision
         vectors, ids = _checked(vectors, ids)
         if vectors.shape[1] < 1:
@@ -284,6 +280,16 @@ def room(n: int) -> int:
     What is not used takes no memory on systems that hand out pages when they are first written.
     """
     return n + n // 2 + 16
+
+
+def one_of(what: str, given: str, known: Collection[str]) -> None:
+    """Refuses a name that is not known.
+
+    Raises:
+      InputError: it is not.
+    """
+    if given not in known:
+        raise InputError(f"{what} is one of {', '.join(known)}, not '{given}'")
 
 
 def whole_numbers(ids: NDArray[np.integer]) -> NDArray[np.integer]:
