@@ -10,6 +10,8 @@ from tfrec.config import AdaptConfig
 from tfrec.data.catalog import Catalog, FeatureSchema, Users
 from tfrec.errors import InputError
 from tfrec.index import ExactIndex, Ragged
+from tfrec.index.scann import installed
+from tfrec.models.bundling import without_users
 from tfrec.models.engine import TensorFlowEngine
 from tfrec.recommender import LinearItems, Policy, Recommender, Request, TextDirections
 
@@ -592,6 +594,47 @@ class TestTextDirections:
         np.testing.assert_array_equal(given["profile"], recommender.directions(asked.profile))
         assert given["profile"][0].any()
         assert not given["profile"][1].any()
+
+
+@pytest.mark.skipif(not installed(), reason="ScaNN has no wheel here")
+class TestLargeCatalog:
+    """The indexes that it makes itself are tuned by what users ask, not by items."""
+
+    @pytest.fixture(autouse=True)
+    def few(self, monkeypatch):
+        monkeypatch.setattr("tfrec.index.EXACT_LIMIT", 30)
+        monkeypatch.setattr("tfrec.recommender.EXACT_LIMIT", 30)
+
+    def test_known_users_ask(self, model):
+        large = make(model, 40)
+        known = large.who(large.interactions, np.arange(5, dtype=np.int32))
+        assert large.index.precision == "bfloat16"
+        for index, asked in (
+            (large.index, large.queries(known)),
+            (large.text_index, large.text_queries(known, large.policy)),
+        ):
+            order = np.lexsort(index.tuned.queries.T)
+            np.testing.assert_allclose(
+                index.tuned.queries[order], asked[np.lexsort(asked.T)], atol=1e-6
+            )
+
+    def test_where_nobody_is_known_made_up_histories_ask(self, model):
+        large = make(model, 40)
+        nobody = without_users(large)
+        asked = nobody.typical()
+        assert set(asked.events) == {4}
+        assert asked.profile.shape == (len(asked), 0)
+        again = Recommender(
+            *(getattr(nobody, name) for name in ("engine", "catalog", "users", "interactions")),
+            *(getattr(nobody, name) for name in ("coding", "vectors", "text", "profile")),
+        )
+        assert len(again.index.tuned.queries) == len(asked)
+        assert not np.isin(again.index.tuned.queries, large.vectors).all()
+        assert again.text_index.tuned.queries.shape[1] == 5
+
+    def test_in_a_small_one_nobody_asks(self, model, monkeypatch):
+        monkeypatch.setattr(Recommender, "typical", None)
+        assert isinstance(make(model, 30).index, ExactIndex)
 
 
 class TestPredictions:

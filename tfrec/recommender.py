@@ -20,7 +20,6 @@ from tfrec.data.tokens import Coverage
 from tfrec.errors import InputError
 from tfrec.index import EXACT_LIMIT, ExactIndex, Index, Ragged, TopK, make_index, top_k
 from tfrec.index.among import Among
-from tfrec.index.store import Precision
 from tfrec.rows import Vectors, int8_rows
 from tfrec.steps import FILTERS, SOURCES, Search
 
@@ -32,6 +31,8 @@ BLOCK = 512
 _FADED = 0.01  # share of the further weight of popularity below which there is none
 _PIECE = 256  # items of a history at a time: so many codes of int8 add up to no more than an int16
 _STEP = 0.125  # of the spread of linear weights: the least step of their codes
+_TYPICAL = 600  # users by whose queries ScaNN is tuned
+_MET = 4  # items in a made-up history
 _CELLS = 1 << 22  # numbers gathered at a time: 16 MiB
 FUSED = 200
 TOLD = 1e-3
@@ -475,10 +476,6 @@ class Recommender:
         self.vectors, self.text, self.profile = vectors, text, profile
         self.policy, self.linear = policy or Policy(), linear
         self.directions = directions
-        rows = np.arange(1, len(catalog), dtype=np.int32)
-        # A large catalog is searched approximately anyway, and half the memory is worth more there.
-        precision: Precision = "bfloat16" if len(rows) > EXACT_LIMIT else "float32"
-        self.index = index or make_index(vectors[1:], rows, precision=precision)
         if popularity is None:
             counts = np.bincount(interactions.item, minlength=len(catalog))
             popularity = counts.astype(np.float32)
@@ -486,6 +483,15 @@ class Recommender:
         self.popularity = popularity
         self._histories = Histories.of(interactions, coding)
         self._added = np.zeros(0, np.int32)
+        self.index = index or self._made_index()
+
+    def _made_index(self) -> Index:
+        rows = np.arange(1, len(self.catalog), dtype=np.int32)
+        if len(rows) <= EXACT_LIMIT:
+            return make_index(self.vectors[1:], rows)
+        # A large catalog is searched approximately anyway, and half the memory is worth more there.
+        queries = self.queries(self.typical())
+        return make_index(self.vectors[1:], rows, precision="bfloat16", queries=queries)
 
     def mark(self, stage: str) -> None:
         """Called when a stage of the chain is done, by who times it."""
@@ -504,6 +510,22 @@ class Recommender:
             self.profile[users],
             self.users.features[users],
             request_time,
+        )
+
+    def typical(self) -> Who:
+        """Some who may ask, for tuning: known users; made-up ones where nobody is known."""
+        rng = np.random.default_rng(0)
+        met = np.flatnonzero(np.diff(self.interactions.offsets)).astype(np.int32)
+        if len(met):
+            return self.who(self.interactions, np.sort(rng.permutation(met)[:_TYPICAL]))
+        ids = self.catalog.ids
+        rows = rng.integers(1, len(ids), (_TYPICAL, _MET)).tolist()
+        told = [Request(history=tuple(ids[i] for i in row)) for row in rows]
+        nobody = np.full(len(rows), -1)
+        return Who(
+            _joined([self._history(-1, request) for request in told]),
+            _rows_or_zeros(self.profile, nobody),
+            _rows_or_zeros(self.users.features, nobody),
         )
 
     def lists(
@@ -717,7 +739,11 @@ class Recommender:
     @functools.cached_property
     def text_index(self) -> Index:
         """Index of the vectors of the items' texts; row i of the catalog has id i."""
-        return make_index(self.text[1:], np.arange(1, len(self.catalog), dtype=np.int32))
+        rows, queries = np.arange(1, len(self.catalog), dtype=np.int32), None
+        if len(rows) > EXACT_LIMIT:
+            queries = self.text_queries(self.typical(), self.policy)
+            queries = queries[queries.any(axis=1)]
+        return make_index(self.text[1:], rows, queries=queries)
 
     @functools.cached_property
     def described(self) -> Floats:

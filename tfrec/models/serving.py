@@ -27,7 +27,7 @@ from tfrec.models.keras_bridge import tf
 from tfrec.models.scann_graph import ScannGraph
 from tfrec.models.stored_int8 import StoredInt8
 from tfrec.models.wordpiece import WordPieces
-from tfrec.recommender import SCALARS, Recommender, Request
+from tfrec.recommender import SCALARS, Recommender
 from tfrec.terminal import quiet
 
 Specs = Mapping[str, Any]
@@ -39,8 +39,6 @@ DEFAULT = "serving_default"
 NEEDS = {"retrieve_scann": ("scann",), "encode_text_strings": ("tensorflow-text",)}
 """Model -> packages whose operations it needs beside TensorFlow's."""
 
-_QUERIES = 600  # by which ScaNN is tuned
-_MET = 4  # items in a made-up history
 _READ = 2000  # texts whose tokens are compared
 _DOUBLINGS = tuple(1 << power for power in range(1, GAP_BUCKETS - 2))
 
@@ -139,7 +137,7 @@ class Graph:
         try:
             scann_graph.operations()
             with quiet():
-                self._scann = ScannGraph(self._vectors, _plausible(recommender))
+                self._scann = ScannGraph(self._vectors, recommender.queries(recommender.typical()))
         except SetupError as error:
             self.left_out["retrieve_scann"] = str(error)
 
@@ -591,20 +589,6 @@ def _is_listed(rows: Any, lists: Any) -> Any:
     place = tf.searchsorted(lists, rows)
     near = tf.gather(lists, tf.minimum(place, tf.shape(lists)[1] - 1), batch_dims=1)
     return near == rows
-
-
-def _plausible(recommender: Recommender) -> Any:
-    """float32 (m, d), queries of people who are known; of made-up ones where nobody is."""
-    events = recommender.interactions
-    rng = np.random.default_rng(0)
-    met = np.flatnonzero(np.diff(events.offsets)).astype(np.int32)
-    if len(met):
-        people = np.sort(rng.permutation(met)[:_QUERIES])
-        return recommender.queries(recommender.who(events, people))
-    ids = recommender.catalog.ids
-    rows = rng.integers(1, len(ids), (_QUERIES, _MET)).tolist()
-    asked, _ = recommender.asked([Request(history=tuple(ids[i] for i in row)) for row in rows])
-    return recommender.queries(asked)
 
 
 def _newest(rows: Any, length: int) -> tuple[Any, Any]:
