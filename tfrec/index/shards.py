@@ -28,7 +28,8 @@ class ShardedIndex:
         Where it is fewer, each search reads the others from disk: ask many queries at a time.
 
     A shard in memory takes the vectors of ScaNN and its codes; our copy of the vectors stays on
-    disk until it is needed.
+    disk until it is needed: in bfloat16 and int8 for the k hits of each query, which are scored
+    again by it.
 
     When a shard is first read, its files are compared with their digests: about a second for a
     gigabyte, once in the life of this object.
