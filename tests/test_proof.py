@@ -5,7 +5,7 @@ import pytest
 
 from tfrec.errors import InputError
 from tfrec.report.measures import Row
-from tfrec.report.proof import KNOWN, Budget, Trial, beside, dominated, nearest
+from tfrec.report.proof import HITS, KNOWN, Budget, Trial, beside, dominated, nearest
 
 
 def model(key, loss, size, ms):
@@ -40,12 +40,13 @@ def test_equal_on_one_axis_is_not_worse():
         (Budget(loss=0.01), "int8"),
         (Budget(loss=0.001), "float"),
         (Budget(loss=0.05), "student"),
-        (Budget(latency=5.0), "student"),
+        (Budget(latency=5.0), "int8"),
+        (Budget(size=20), "student"),
         (Budget(loss=0.01, size=50, latency=3.0), "int8"),
-        (Budget(), "student"),
+        (Budget(), "float"),
     ],
 )
-def test_the_smallest_within_the_budget_is_chosen(budget, chosen):
+def test_the_smallest_within_the_budget_or_without_a_loss_the_best_is_chosen(budget, chosen):
     assert nearest(MODELS, budget) == (chosen, {})
 
 
@@ -67,8 +68,9 @@ def test_a_loss_of_nothing_is_not_allowed_by_a_bound_of_zero():
 
 def row(values):
     values = np.array(values, float)
-    means = {"ndcg@10": np.full(20, values.mean())}
-    return Row({"name": "", "metrics": {"ndcg@10": {"mean": float(values.mean())}}}, means)
+    means = {name: np.full(20, values.mean()) for name in (KNOWN, HITS)}
+    told = {name: {"mean": float(values.mean())} for name in (KNOWN, HITS)}
+    return Row({"name": "", "metrics": told}, means)
 
 
 def trial(text, values=(1.0, 0.0)):
@@ -92,7 +94,7 @@ def test_the_loss_is_a_share_of_what_the_reference_has():
     text = np.zeros((0, 8), np.float32)
     found = beside(trial(text, (0.9, 0.0)), trial(text, (1.0, 0.0)))
     assert found["loss"] == pytest.approx(0.1)
-    assert found["kept"][KNOWN]["low"] == pytest.approx(0.9)
+    assert found["kept"][KNOWN]["low"] == found["kept"][HITS]["low"] == pytest.approx(0.9)
     assert "cosine" not in found
 
 

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tfrec.bundle import Bundle
 from tfrec.engines import recommender_of
@@ -42,12 +44,14 @@ def measured(folder: Path, seconds: float = 2.0) -> dict[str, float]:
 
     Args:
       folder: The bundle.
-      seconds: How long each of the three is repeated.
+      seconds: How long each call is repeated.
 
     Returns:
-      ``one_ms`` and ``many_ms``, milliseconds to read one text and 32 of them (medians; absent
-      where no text is read), ``request_ms`` of a whole request for ten items, and ``memory_mb``,
-      the most memory that the process had.
+      Medians of milliseconds: ``one_ms`` and ``many_ms`` to read one text and 32 of them (absent
+      where no text is read); ``query_ms`` and ``queries_ms`` for the query vectors of one user
+      and of 32; ``rank_ms`` and ``ranks_ms`` for what the ranker says of the candidates of one
+      and of 32 (absent where there is none); ``request_ms`` of a whole request for ten items.
+      And ``memory_mb``, the most memory that the process had.
 
     Raises:
       SetupError: the process ended without an answer.
@@ -72,8 +76,25 @@ def _measure(folder: Path, seconds: float) -> dict[str, float]:
         for name, size in (("one_ms", 1), ("many_ms", _MANY)):
             groups = [texts[i : i + size] for i in range(0, len(texts), size)]
             found[name] = _median(recommender.engine.encode_text, groups, seconds)
-    asked = Golden.load(bundle.folder / "golden").requests
-    found["request_ms"] = _median(recommender.recommend, [[one] for one in asked], seconds)
+    golden = Golden.load(bundle.folder / "golden")
+    everyone, _ = recommender.asked(golden.requests)
+    tasks = dict.fromkeys(recommender.policy.tasks, 1.0)
+    policy = replace(recommender.policy, score=tasks)
+
+    def rank(places: NDArray[np.int64]) -> None:
+        asked = everyone.take(places)
+        recommender.parts(asked, golden.query[places], golden.candidates[places], policy)
+
+    count = len(everyone)
+    for query, ranks, size in (("query_ms", "rank_ms", 1), ("queries_ms", "ranks_ms", _MANY)):
+        places = [np.arange(i, i + size) % count for i in range(count)]
+        users = [everyone.take(some) for some in places]
+        found[query] = _median(recommender.queries, users, seconds)
+        if tasks:
+            found[ranks] = _median(rank, places, seconds)
+    found["request_ms"] = _median(
+        recommender.recommend, [[one] for one in golden.requests], seconds
+    )
     found["memory_mb"] = round(_peak() / 1e6, 1)
     return found
 

@@ -111,7 +111,9 @@ class TestPruned:
         assert half["sizes"]["text_gzip"] < int8["sizes"]["text_gzip"]
         for model in tree["models"]:
             assert model["sizes"]["bundle"] > model["sizes"]["text"] > 0
-            assert set(model["times"]) == {"one_ms", "many_ms", "request_ms", "memory_mb"}
+            kinds = ("one", "many", "query", "queries", "rank", "ranks", "request")
+            assert set(model["times"]) == {"memory_mb", *(f"{name}_ms" for name in kinds)}
+            assert model["sizes"]["bundle"] > model["sizes"]["bundle_gzip"] > 0
             assert min(model["times"].values()) > 0
             assert {KNOWN, NEW, "hr@10"} <= set(model["metrics"])
         assert half["zeros_of_all"] == pytest.approx(0.5, abs=0.02)
@@ -283,7 +285,7 @@ class TestBudget:
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert code == cli.BAD_INPUT
         assert "no model keeps within the budget; the nearest is student-1x32-int8" in told
-        assert "0.0 MB is asked" in told
+        assert "where 1 kB is asked" in told
         assert (run / "compress" / "report" / "report.html").is_file()
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tfrec.artifact import write_json, write_text
 from tfrec.report.drawing import GRID, INK, WIDTH, Tree, panels, svgs
 from tfrec.report.parts import document, figure, findings, note, pairs_table, section, table, tile
-from tfrec.report.proof import KNOWN, NEW
+from tfrec.report.proof import HITS, KNOWN, NEW
 
 _FILE = "compress.json"
 _CHOSEN, _OFFERED, _WORSE = "#2fa37a", "#2f6fed", "#9aa3b2"
@@ -24,7 +24,24 @@ _CAPTION = (
     "Bars are 95% intervals of the paired bootstrap over users. Green: chosen; gray: worse than "
     "another model on every axis."
 )
-_NAMES = {KNOWN: "NDCG@10", NEW: "NDCG@20, new items"}
+_NAMES = {KNOWN: "NDCG@10", NEW: "NDCG@20, new items", HITS: "HR@10"}
+_COLUMNS = {
+    "kept": "kept",
+    "new": "kept, new items",
+    "neighbours": "neighbours kept",
+    "text": "text encoder, MB",
+    "bundle": "bundle, MB",
+    "one": "1 text",
+    "many": "32 texts",
+    "query": "1 query",
+    "queries": "32 queries",
+    "rank": "1 ranked",
+    "ranks": "32 ranked",
+    "request": "a request",
+    "memory": "memory",
+    "cosine": "cosine, mean / min",
+}
+_IN_TERMINAL = ("kept", "new", "neighbours", "text", "bundle", "one", "many", "request", "memory")
 
 
 def write(tree: Tree, folder: Path) -> None:
@@ -57,8 +74,10 @@ def measured(tree: Tree) -> dict[str, Any]:
 
 def text(tree: Tree) -> str:
     """The table and the choice, for the terminal."""
-    head = ["", "kept", "kept, new", "neighbours", "text MB", "bundle MB", "1 text", "32 texts"]
-    rows = [[_title(model), *_cells(model)[:7]] for model in tree["models"]]
+    head = ["", *(_COLUMNS[name] for name in _IN_TERMINAL)]
+    rows = [
+        [_title(model), *(_cells(model)[name] for name in _IN_TERMINAL)] for model in tree["models"]
+    ]
     columns = list(zip(head, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines = [
@@ -94,8 +113,8 @@ def _costs(model: Tree) -> dict[str, Any]:
 def _bounds(told: Mapping[str, Any]) -> dict[str, str]:
     words: dict[str, Callable[[Any], str]] = {
         "loss": lambda value: f"a loss of {value:.2%}",
-        "size": lambda value: f"{value / 1e6:.1f} MB",
-        "latency": lambda value: f"{value:.2f} ms",
+        "size": lambda value: f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:g} kB",
+        "latency": lambda value: f"{value:.2f} ms" if value >= 0.1 else f"{1e3 * value:.3g} µs",
     }
     return {name: words[name](value) for name, value in told.items() if value is not None}
 
@@ -109,20 +128,22 @@ def _title(model: Tree) -> str:
     return str(model["key"])
 
 
-def _cells(model: Tree) -> list[str]:
+def _cells(model: Tree) -> dict[str, str]:
+    """What each of the columns says."""
     kept, sizes, times = model["kept"], model["sizes"], model["times"]
-    return [
-        _percent(kept.get(KNOWN)),
-        _percent(kept.get(NEW)),
-        f"{model['neighbours']:.1%}" if "neighbours" in model else "–",
-        f"{sizes['text'] / 1e6:.1f}" if sizes["text"] else "–",
-        f"{sizes['bundle'] / 1e6:.1f}",
-        _time(times.get("one_ms")),
-        _time(times.get("many_ms")),
-        _time(times["request_ms"]),
-        f"{times['memory_mb']:.0f} MB",
-        f"{model['cosine']:.4f} / {model['cosine_min']:.4f}" if "cosine" in model else "–",
-    ]
+    timed = ("one", "many", "query", "queries", "rank", "ranks", "request")
+    return {
+        "kept": _percent(kept.get(KNOWN)),
+        "new": _percent(kept.get(NEW)),
+        "neighbours": f"{model['neighbours']:.1%}" if "neighbours" in model else "–",
+        "text": f"{sizes['text'] / 1e6:.1f}" if sizes["text"] else "–",
+        "bundle": f"{sizes['bundle'] / 1e6:.1f}",
+        **{name: _time(times.get(f"{name}_ms")) for name in timed},
+        "memory": f"{times['memory_mb']:.0f} MB",
+        "cosine": f"{model['cosine']:.4f} / {model['cosine_min']:.4f}"
+        if "cosine" in model
+        else "–",
+    }
 
 
 def _percent(share: Tree | None) -> str:
@@ -142,9 +163,9 @@ def _findings(tree: Tree) -> list[str]:
     if not tree["misses"]:
         how = f"tfrec export {_path(tree, model)} --to BUNDLE"
         how += "" if model["settings"]["int8"] else " --no-int8"
-        lines.append(
-            f"{model['key']} is the smallest {asked}: {', '.join(costs.values())}; `{how}`"
-        )
+        how += "" if tree["budget"]["size"] is None else " --no-saved-models"
+        best = "the one that loses least" if tree["budget"]["loss"] is None else "the smallest"
+        lines.append(f"{model['key']} is {best} {asked}: {', '.join(costs.values())}; `{how}`")
     before, now = base["times"], model["times"]
     if model is not base and "one_ms" in before:
         smaller = base["sizes"]["bundle"] / model["sizes"]["bundle"]
@@ -222,29 +243,30 @@ def _how(tree: Tree) -> str:
         "exported and run by LiteRT in this command. New items: retrieval among "
         f"{new}, by their texts as the small model reads them. Cosine and neighbours: "
         f"{tree['judged']:,} texts of the catalog that no small model learned from. Times are "
-        "medians in a process of its own with all cores; memory is the most it had."
+        "medians in a process of its own with all cores, of one and of 32: texts, query vectors, "
+        "and users whose candidates the ranker reads; memory is the most it had."
     )
 
 
 def _table(tree: Tree) -> str:
-    head = [
-        "", "kept", "kept, new items", "neighbours kept", "text encoder, MB", "bundle, MB",
-        "one text", "32 texts", "a request", "memory", "cosine, mean / min",
-    ]  # fmt: skip
     rows = []
     for model in tree["models"]:
-        cells = [escape(cell) for cell in _cells(model)]
-        for place, name in enumerate((KNOWN, NEW)):
+        cells = {name: escape(cell) for name, cell in _cells(model).items()}
+        for column, name in (("kept", KNOWN), ("new", NEW), ("kept", HITS)):
             share = model["kept"].get(name)
+            title = _NAMES[name].partition(",")[0]
+            if name == HITS:
+                cells[column] += f"<small>{title}: {_percent(share)}</small>"
             if share and "low" in share:
-                cells[place] += f"<small>{share['low']:.1%} to {share['high']:.1%}</small>"
+                cells[column] += f"<small>{share['low']:.1%} to {share['high']:.1%}</small>"
             if name in model["metrics"]:
                 value = model["metrics"][name]["mean"]
-                cells[place] += f"<small>{_NAMES[name].partition(',')[0]} {value:.4f}</small>"
-        cells[3] += f"<small>gzip {model['sizes']['text_gzip'] / 1e6:.1f}</small>"
+                cells[column] += f"<small>{title} {value:.4f}</small>"
+        for part in ("text", "bundle"):
+            cells[part] += f"<small>gzip {model['sizes'][f'{part}_gzip'] / 1e6:.1f}</small>"
         name = f'<i class=dot style="background:{_colour(tree, model)}"></i>{escape(_title(model))}'
-        rows.append(([name, *cells], "ours" if model["key"] == tree["chosen"] else ""))
-    return table(head, rows)
+        rows.append(([name, *cells.values()], "ours" if model["key"] == tree["chosen"] else ""))
+    return table(["", *_COLUMNS.values()], rows)
 
 
 def _zeros(tree: Tree) -> str:

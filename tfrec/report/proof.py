@@ -25,6 +25,9 @@ from tfrec.timing import measured
 KNOWN, NEW = "ndcg@10", "new_ndcg@20"
 """The two that a loss is told in: of test events, and where every item is taken for new."""
 
+HITS = "hr@10"
+"""Told beside them: of test events."""
+
 _K, _NEW_K, _NEIGHBOURS = 10, 20, 10
 _JUDGED, _ASKED = 1000, 20_000  # texts whose vectors are compared, and users with test events
 
@@ -97,7 +100,7 @@ class Court:
             "sizes": _sizes(bundle),
             "times": measured(folder, seconds),
             "metrics": {
-                f"hr@{_K}": rows[KNOWN].tree["metrics"][f"hr@{_K}"],
+                HITS: rows[KNOWN].tree["metrics"][HITS],
                 **{name: row.tree["metrics"][_plain(name)] for name, row in rows.items()},
             },
         }
@@ -138,7 +141,7 @@ def beside(trial: Trial, reference: Trial) -> dict[str, Any]:
     Returns:
       ``kept``: metric -> its share, with the 95% interval of the paired bootstrap; ``cosine`` and
       ``cosine_min`` of the vectors of texts; ``neighbours``, the share of the ten nearest that
-      stay; ``loss``, the larger share that is lost of the two.
+      stay; ``loss``, the larger share that is lost of :data:`KNOWN` and :data:`NEW`.
 
     Raises:
       InputError: the reference finds nothing.
@@ -154,6 +157,7 @@ def beside(trial: Trial, reference: Trial) -> dict[str, Any]:
             "lose, so nothing to judge by; train longer, or hold out more events"
         )
     out["loss"] = max(1 - share for share in shares)
+    kept[HITS] = _share(trial.rows[KNOWN], reference.rows[KNOWN], HITS)
     if reference.text.size:
         cosines = _unit(trial.text) * _unit(reference.text)
         found = cosines.sum(axis=1)
@@ -198,7 +202,8 @@ def _unit(vectors: Floats) -> Floats:
 
 
 def _sizes(bundle: Bundle) -> dict[str, int]:
-    """Bytes on disk, and of them packed by gzip: of the text encoder and of the whole."""
+    """Bytes on disk, and of them packed by gzip: of the text encoder and of the whole, but for the
+    golden answers, which only `tfrec verify` reads."""
     files = [
         bundle.folder / name for name in bundle.artifact.files if not name.startswith("golden/")
     ]
@@ -207,6 +212,7 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
         "text": sum(path.stat().st_size for path in text),
         "text_gzip": sum(len(gzip.compress(path.read_bytes(), 6)) for path in text),
         "bundle": sum(path.stat().st_size for path in files),
+        "bundle_gzip": sum(len(gzip.compress(path.read_bytes(), 6)) for path in files),
     }
 
 
@@ -259,13 +265,14 @@ def _ms(model: Mapping[str, Any]) -> float:
 
 
 def nearest(models: Sequence[Mapping[str, Any]], budget: Budget) -> tuple[str, dict[str, float]]:
-    """The smallest model within the budget; else the one that misses it by the least, and by how
-    much (see :meth:`Budget.misses`)."""
+    """The smallest model within the budget, or where no loss is bounded the one that loses least;
+    else the one that misses it by the least, and by how much (see :meth:`Budget.misses`)."""
     offered = [model for model in models if model["key"] not in dominated(models)]
 
     def rank(model: Mapping[str, Any]) -> tuple[float, ...]:
-        misses = budget.misses(model)
-        return (max(misses.values(), default=0.0), model["sizes"]["bundle"], _ms(model))
+        most = max(budget.misses(model).values(), default=0.0)
+        lost = model["loss"] if budget.loss is None else 0.0
+        return (most, lost, model["sizes"]["bundle"], _ms(model))
 
     best = min(offered, key=rank)
     return best["key"], budget.misses(best)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -361,7 +361,7 @@ class _Job:
             )
             write_json(draft.path / CONTENT, content)
         bundle.publish(place, 1, 1)
-        zeros = _zeros(recommender) if plan.config.prune else {"zeros": {}}
+        zeros = _zeros(recommender, plan.config.parts) if plan.config.prune else {"zeros": {}}
         del recommender
         found = self.court.judge(place, self.settings.seconds)
         shutil.rmtree(place)
@@ -702,8 +702,9 @@ class _Making:
         settle(rounded)
 
 
-def _zeros(recommender: Recommender) -> dict[str, Any]:
-    """``zeros``: the share in each kernel that was pruned at all; ``zeros_of_all``: in these."""
+def _zeros(recommender: Recommender, parts: Collection[str]) -> dict[str, Any]:
+    """``zeros``: the share in each kernel of the parts that are pruned; ``zeros_of_all``: in all of
+    these. In int8 as many are zero, or more: what is zero stays so."""
     engine = recommender.engine
     assert isinstance(engine, TensorFlowEngine)
     models = {"towers": engine.two_tower, "ranker": engine.ranker}
@@ -712,14 +713,13 @@ def _zeros(recommender: Recommender) -> dict[str, Any]:
     found = {
         f"{part}.{name}": (float(np.mean(kernel.numpy() == 0)), int(np.prod(kernel.shape)))
         for part, model in models.items()
-        if model is not None
+        if model is not None and part in parts
         for name, kernel in kernels(model).items()
     }
-    pruned = {name: told for name, told in found.items() if told[0] > 0}
-    weights = sum(size for _, size in pruned.values())
+    weights = sum(size for _, size in found.values())
     return {
-        "zeros": {name: share for name, (share, _) in pruned.items()},
-        "zeros_of_all": sum(s * n for s, n in pruned.values()) / max(weights, 1),
+        "zeros": {name: share for name, (share, _) in found.items()},
+        "zeros_of_all": sum(s * n for s, n in found.values()) / max(weights, 1),
     }
 
 
