@@ -517,7 +517,8 @@ class CompressConfig(Section):
         "unstructured", description="which weights: any, four in a row, or two of every four"
     )
     prune_schedule: Literal["constant", "polynomial"] = Field(
-        "constant", description="all zeros from the start, or rising over the training"
+        "constant",
+        description="all zeros from the start, as 2:4 always has them, or rising over the training",
     )
     layers: int = Field(0, ge=0, description="the BERT's layers that stay; 0: all")
     heads: int = Field(0, ge=0, description="attention heads of each layer that stay; 0: all")

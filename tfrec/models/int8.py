@@ -3,8 +3,9 @@
 LiteRT brings the activations to int8 as they come, one scale for each row, and keeps a kernel with
 one scale for each column. So one large channel of a row takes the steps away from all others; what
 is divided by a vector before, and multiplied into the kernel, makes the channels alike
-(SmoothQuant, Xiao et al., 2023). And a weight rounded up is made good by the weights that are
-rounded after it, as far as their inputs go together (GPTQ, Frantar et al., 2023). NumPy alone.
+(SmoothQuant: Xiao et al. 2023, arXiv:2211.10438). And a weight rounded up is made good by the
+weights that are rounded after it, as far as their inputs go together (GPTQ: Frantar et al. 2023,
+arXiv:2210.17323). NumPy alone.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Sparsity:
       pattern: ``unstructured``: any weights; ``block``: four in a row of a kernel at a time;
         ``2:4``: two of every four along the inputs.
       schedule: ``polynomial``: rising over the first part of the training; ``constant``: all from
-        its start on.
+        its start on, as 2:4 always is.
 
     Raises:
       ConfigError: the share is no share.
