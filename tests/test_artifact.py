@@ -410,3 +410,15 @@ class TestJson:
         with pytest.raises(ValueError, match="JSON"):
             write_json(tmp_path / "x.json", {"a": float("nan")})
         assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+    def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(self, tmp_path, monkeypatch):
+        write_json(tmp_path / "x.json", {"a": 1})
+        before = everything(tmp_path)
+
+        def full(*given):
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(SetupError, match=r"no space left on the disk while writing .*x\.json"):
+            write_json(tmp_path / "x.json", {"a": 2})
+        assert everything(tmp_path) == before

@@ -1,10 +1,14 @@
-"""Arrays of a bundle: back as they were, or as near as int8 comes, and damage is one line."""
+"""Bundles: versions appear whole; arrays come back as they were, or as near as int8 comes."""
+
+import os
 
 import numpy as np
 import pytest
 
-from tfrec.bundle import holds_codes, load_codes, load_rows, save_codes, save_rows
-from tfrec.errors import ArtifactError
+from tfrec import bundle
+from tfrec.artifact import write_json, writing
+from tfrec.bundle import Bundle, holds_codes, load_codes, load_rows, save_codes, save_rows
+from tfrec.errors import ArtifactError, SetupError
 from tfrec.index import Ragged
 from tfrec.recommender import LinearItems
 
@@ -148,3 +152,104 @@ class TestLinear:
     def test_weights_of_zeros(self):
         coded = LinearItems(np.zeros((4, 4), np.float32)).coded()
         assert not coded.scores(Ragged.of([np.array([1, 2])])).any()
+
+
+def add(folder, version, models=("rank", "retrieve"), needs=()):
+    """A finished version with SavedModels that hold next to nothing; it is not published."""
+    told = {f"tf-serving/{name}": {"needs": list(needs)} for name in models}
+    place = folder / "versions" / str(version)
+    with writing(place, kind="bundle", config={"version": version}) as draft:
+        for name in models:
+            (draft.path / "tf-serving" / name).mkdir(parents=True)
+            (draft.path / "tf-serving" / name / "saved_model.pb").write_text(f"{name} {version}")
+        write_json(draft.path / "content.json", {"models": told, "arrays_int8": True})
+        draft.metrics["seconds"] = 1.5
+
+
+def published(folder, version, keep=3, **models):
+    add(folder, version, **models)
+    bundle.publish(folder, version, keep)
+
+
+def served(folder):
+    """What TensorFlow Serving finds: each file's text, and of each version the model's."""
+    place = folder / "tf-serving"
+    files = {path.name: path.read_text() for path in place.glob("*.config")}
+    found = {path: path / "saved_model.pb" for path in place.glob("*/*")}
+    links = {str(path.relative_to(place)): file.read_text() for path, file in found.items()}
+    return files | links
+
+
+class TestPublish:
+    def test_the_newest_version_and_its_models(self, tmp_path):
+        published(tmp_path, 1)
+        published(tmp_path, 2, keep=1)
+        assert Bundle.load(tmp_path).version == 2
+        assert served(tmp_path).keys() == {
+            "models.config",
+            "batching.config",
+            "rank/2",
+            "retrieve/2",
+        }
+        assert served(tmp_path)["rank/2"] == "rank 2"
+        assert bundle.versions(tmp_path) == [2]
+
+    @pytest.mark.parametrize("keep", [1, 3])
+    @pytest.mark.parametrize("failing", ["write_json", "write_text"])
+    @pytest.mark.parametrize("models", [("rank", "retrieve"), ("rank", "new"), ()])
+    def test_a_full_disk_leaves_what_is_served(self, tmp_path, monkeypatch, keep, failing, models):
+        published(tmp_path, 1)
+        before, manifest = served(tmp_path), (tmp_path / "manifest.json").read_bytes()
+        add(tmp_path, 2, models=models, needs=("scann",))
+
+        def full(*given, **named):
+            raise OSError(28, os.strerror(28))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bundle, failing, full)
+            if failing == "write_text":  # the first thing that is written
+                patch.setattr(bundle, "write_json", full)
+            with pytest.raises(SetupError, match="no space left"):
+                bundle.publish(tmp_path, 2, keep)
+        assert served(tmp_path) == before
+        assert (tmp_path / "manifest.json").read_bytes() == manifest
+        assert Bundle.load(tmp_path).version == 1
+        bundle.publish(tmp_path, 2, keep)
+        assert Bundle.load(tmp_path).version == 2
+        expected = {f"{name}/2" for name in models}
+        expected |= {"rank/1", "retrieve/1"} if keep == 3 else set()
+        assert {name for name in served(tmp_path) if "/" in name} == expected
+
+    def test_nothing_is_taken_away_before_the_manifest_names_the_new_version(
+        self, tmp_path, monkeypatch
+    ):
+        """As a kill at that moment would leave it."""
+        published(tmp_path, 1)
+        before = served(tmp_path)
+        add(tmp_path, 2, models=("rank", "new"))
+        seen = {}
+
+        def look(path, value):
+            seen.update(served(tmp_path))
+            write_json(path, value)
+
+        monkeypatch.setattr(bundle, "write_json", look)
+        bundle.publish(tmp_path, 2, 1)
+        assert {name: seen[name] for name in before if "/" in name} == {
+            name: text for name, text in before.items() if "/" in name
+        }
+        assert {"rank/2", "new/2"} < seen.keys()
+        assert all(f'"{name}"' in seen["models.config"] for name in ("rank", "retrieve", "new"))
+        assert "retrieve" not in served(tmp_path)["models.config"]
+        assert served(tmp_path).keys() == {"models.config", "batching.config", "rank/2", "new/2"}
+
+    def test_operations_that_a_server_may_lack(self, tmp_path):
+        published(tmp_path, 1, models=("retrieve_scann",), needs=("scann",))
+        published(tmp_path, 2, models=("encode_text_strings",), needs=("tensorflow-text",))
+        found = served(tmp_path)
+        assert '"retrieve_scann"' not in found["models.config"]
+        assert '"encode_text_strings"' in found["models.config"]
+        for name in ("retrieve_scann", "encode_text_strings"):
+            assert f'"{name}"' in found["models-scann.config"]
+        published(tmp_path, 3, keep=1)
+        assert "models-scann.config" not in served(tmp_path)

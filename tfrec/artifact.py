@@ -252,13 +252,18 @@ def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(target):
-        with open(partial, "w", encoding="utf-8", newline="") as stream:
-            if private:
-                os.fchmod(stream.fileno(), 0o600)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, target)
+        try:
+            with open(partial, "w", encoding="utf-8", newline="") as stream:
+                if private:
+                    os.fchmod(stream.fileno(), 0o600)
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def _canonical(value: Any) -> bytes:

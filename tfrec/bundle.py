@@ -12,11 +12,12 @@ so a reader finds the old one or the new one, whole.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 import tfrec
 from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json, write_text
-from tfrec.errors import ArtifactError, InputError
+from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.rows import Int8Rows, Vectors, int8_rows
 
 FORMAT = 2
@@ -148,25 +149,26 @@ def publish(folder: Path, version: int, keep: int) -> Path:
         there = versions(folder)
         old = [number for number in there if number != version][: max(len(there) - keep, 0)]
         kept = [number for number in there if number not in old]
-        _link(folder, kept)
-        found = Artifact.peek(folder / VERSIONS / str(version), KIND)
-        content = json.loads(found.file(CONTENT).read_text("utf-8"))
-        write_json(
-            folder / MANIFEST,
-            {
-                **content,
-                "format": FORMAT,
-                "kind": KIND,
-                "version": version,
-                "versions": {str(n): f"{VERSIONS}/{n}" for n in kept},
-                "created": found.created,
-                "tfrec_version": found.tfrec_version,
-                "digest": found.digest,
-                "lineage": dict(found.parents),
-                "metrics": dict(found.metrics),
-                "files": {f"{VERSIONS}/{version}/{n}": dict(e) for n, e in found.files.items()},
-            },
-        )
+        with _linked(folder, there):
+            found = Artifact.peek(folder / VERSIONS / str(version), KIND)
+            content = json.loads(found.file(CONTENT).read_text("utf-8"))
+            write_json(
+                folder / MANIFEST,
+                {
+                    **content,
+                    "format": FORMAT,
+                    "kind": KIND,
+                    "version": version,
+                    "versions": {str(n): f"{VERSIONS}/{n}" for n in kept},
+                    "created": found.created,
+                    "tfrec_version": found.tfrec_version,
+                    "digest": found.digest,
+                    "lineage": dict(found.parents),
+                    "metrics": dict(found.metrics),
+                    "files": {f"{VERSIONS}/{version}/{n}": dict(e) for n, e in found.files.items()},
+                },
+            )
+        _unlink(folder, kept)
         for number in old:
             os.rename(folder / VERSIONS / str(number), folder / VERSIONS / f".{number}.gone")
         for gone in (folder / VERSIONS).glob(".*.gone"):
@@ -174,50 +176,94 @@ def publish(folder: Path, version: int, keep: int) -> Path:
     return folder / MANIFEST
 
 
-def _link(folder: Path, kept: Sequence[int]) -> None:
-    """Gives every TensorFlow Serving model a folder of its versions, and lists the models."""
+@contextlib.contextmanager
+def _linked(folder: Path, numbers: Sequence[int]) -> Iterator[None]:
+    """Gives every TensorFlow Serving model a folder of these versions, and lists the models.
+
+    A server runs the highest version that it finds: so if the block fails, what is new goes again.
+    """
+    new: list[Path] = []
+    try:
+        for link, model in _links(folder, numbers).items():
+            if link.is_symlink():
+                continue
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_dir():  # a copy that followed the links
+                shutil.rmtree(link)
+            else:
+                new.append(link)
+            link.symlink_to(model)
+        _list_models(folder, numbers)
+        yield
+    except BaseException:
+        for link in new:
+            link.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, SetupError):  # what went wrong first is told
+            _unlink(folder, [n for n in numbers if str(n) not in {link.name for link in new}])
+        raise
+
+
+def _unlink(folder: Path, kept: Sequence[int]) -> None:
+    """Takes away from TensorFlow Serving what is of no version that is kept."""
+    links = _links(folder, kept)
+    _list_models(folder, kept)
+    for link in (folder / SERVING).glob("*/*"):
+        if link.name.isdigit() and link not in links:
+            shutil.rmtree(link) if not link.is_symlink() else link.unlink()
+    places = {link.parent for link in links}
+    for place in (folder / SERVING).glob("*/"):
+        if place not in places:
+            shutil.rmtree(place)
+    if not links:
+        shutil.rmtree(folder / SERVING, ignore_errors=True)
+
+
+def _links(folder: Path, numbers: Sequence[int]) -> dict[Path, Path]:
+    """The link to each SavedModel of some versions -> what it says."""
+    return {
+        folder / SERVING / model.name / str(number): Path(
+            "..", "..", VERSIONS, str(number), SERVING, model.name
+        )
+        for number in numbers
+        for model in sorted((folder / VERSIONS / str(number) / SERVING).glob("[!.]*"))
+    }
+
+
+def _list_models(folder: Path, numbers: Sequence[int]) -> None:
+    """Writes what TensorFlow Serving reads, where it is not there already."""
+    texts = _configs(folder, numbers)
+    for name, text in texts.items():
+        path = folder / SERVING / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
+    for path in (folder / SERVING).glob("*.config"):
+        if path.name not in texts:
+            path.unlink()
+
+
+def _configs(folder: Path, numbers: Sequence[int]) -> dict[str, str]:
+    """File -> what it says, for the models of some versions: those that a server runs as it is
+    released, all of them, and how requests are put together."""
     names: set[str] = set()
     special: set[str] = set()
-    for number in kept:
+    for number in numbers:
         told = json.loads((folder / VERSIONS / str(number) / CONTENT).read_text("utf-8"))["models"]
         for model in (folder / VERSIONS / str(number) / SERVING).glob("[!.]*"):
             names.add(model.name)
             needs = told.get(f"{SERVING}/{model.name}", {}).get("needs", ())
             special |= {model.name} if set(needs) - set(LINKED) else set()
-            place = folder / SERVING / model.name
-            place.mkdir(parents=True, exist_ok=True)
-            link = place / str(number)
-            if link.is_dir() and not link.is_symlink():  # a copy that followed the links
-                shutil.rmtree(link)
-            if not link.is_symlink():
-                link.symlink_to(Path("..", "..", VERSIONS, str(number), SERVING, model.name))
-    for link in (folder / SERVING).glob("*/*"):
-        if link.name.isdigit() and int(link.name) not in kept:
-            shutil.rmtree(link) if not link.is_symlink() else link.unlink()
-    if names:
-        write_text(folder / SERVING / "models.config", _models_config(sorted(names - special)))
-        _all_models(folder / SERVING / "models-scann.config", sorted(names) if special else [])
-        write_text(folder / SERVING / "batching.config", _BATCHING)
-    for place in (folder / SERVING).glob("*/"):
-        if place.name not in names:
-            shutil.rmtree(place)
     if not names:
-        shutil.rmtree(folder / SERVING, ignore_errors=True)
+        return {}
+    texts = {"models.config": _models_config(names - special), "batching.config": _BATCHING}
+    return texts | ({"models-scann.config": _models_config(names)} if special else {})
 
 
-def _all_models(path: Path, names: Sequence[str]) -> None:
-    if names:
-        write_text(path, _models_config(names))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _models_config(names: Sequence[str]) -> str:
+def _models_config(names: Iterable[str]) -> str:
     """What TensorFlow Serving reads as --model_config_file, the bundle being at /models there."""
     each = "".join(
         f'  config {{\n    name: "{name}"\n    base_path: "/models/{SERVING}/{name}"\n'
         '    model_platform: "tensorflow"\n  }\n'
-        for name in names
+        for name in sorted(names)
     )
     return f"model_config_list {{\n{each}}}\n"
 
