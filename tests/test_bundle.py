@@ -1,6 +1,8 @@
 """Bundles: versions appear whole; arrays come back as they were, or as near as int8 comes."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -253,3 +255,100 @@ class TestPublish:
             assert f'"{name}"' in found["models-scann.config"]
         published(tmp_path, 3, keep=1)
         assert "models-scann.config" not in served(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two versions of a bundle; changed by no test for longer than it takes."""
+    folder = tmp_path_factory.mktemp("checked")
+    published(folder, 1)
+    published(folder, 2, models=("rank", "retrieve_scann"), needs=("scann",))
+    return folder
+
+
+class TestCheck:
+    """Nothing can change beside the versions, nor in what describes them."""
+
+    @pytest.fixture
+    def copy(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+        return tmp_path / "copy"
+
+    @pytest.mark.parametrize("bit", [0x01, 0x80])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "manifest.json",
+            "versions/1/manifest.json",
+            "versions/2/manifest.json",
+            "tf-serving/models.config",
+            "tf-serving/models-scann.config",
+            "tf-serving/batching.config",
+        ],
+    )
+    def test_every_byte_counts(self, folder, name, bit):
+        path = folder / name
+        content = path.read_bytes()
+        bundle.check(folder)
+        try:
+            for place in range(len(content)):
+                changed = bytearray(content)
+                changed[place] ^= bit
+                path.write_bytes(changed)
+                with pytest.raises(ArtifactError):
+                    bundle.check(folder)
+        finally:
+            path.write_bytes(content)
+
+    def test_numbers_of_any_version_that_were_changed_are_named(self, copy):
+        path = copy / "versions" / "1" / "manifest.json"
+        path.write_text(path.read_text().replace("1.5", "2.5"))
+        assert Bundle.load(copy, 1).artifact.metrics == {"seconds": 2.5}
+        with pytest.raises(ArtifactError, match=r"versions/1/manifest.json does not match its dig"):
+            bundle.check(copy)
+
+    def test_what_is_missing_or_leads_elsewhere(self, copy):
+        config = copy / "tf-serving" / "batching.config"
+        kept = config.read_text()
+        config.unlink()
+        with pytest.raises(ArtifactError, match=r"batching\.config is missing; export again"):
+            bundle.check(copy)
+        config.write_text(kept)
+        link = copy / "tf-serving" / "rank" / "1"
+        link.unlink()
+        with pytest.raises(ArtifactError, match=r"rank/1/saved_model\.pb is missing"):
+            bundle.check(copy)
+        link.symlink_to("2")
+        with pytest.raises(ArtifactError, match=r"rank/1 leads to 2, not \.\./\.\./versions/1/"):
+            bundle.check(copy)
+
+    def test_a_version_that_nobody_named(self, copy):
+        (copy / "tf-serving" / "rank" / "3").mkdir()
+        with pytest.raises(ArtifactError, match=r"finds .*rank/3, which is of no version in"):
+            bundle.check(copy)
+
+    def test_a_copy_that_followed_the_links(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "copy")
+        bundle.check(tmp_path / "copy")
+        path = tmp_path / "copy" / "tf-serving" / "rank" / "2" / "saved_model.pb"
+        path.write_text("rank 3")
+        with pytest.raises(ArtifactError, match=r"rank/2/saved_model\.pb does not match"):
+            bundle.check(tmp_path / "copy")
+
+    def test_a_version_that_was_not_published_yet_is_no_damage(self, copy):
+        add(copy, 3)
+        bundle.check(copy)
+
+    def test_a_manifest_without_digests_of_the_versions(self, copy):
+        """As an earlier tfrec wrote it."""
+        told = json.loads((copy / "manifest.json").read_text())
+        del told["manifests"]
+        write_json(copy / "manifest.json", told)
+        bundle.check(copy)
+
+    @pytest.mark.parametrize("broken", [{"versions": 3}, {"manifests": 3}, {"versions": ["2"]}])
+    def test_another_shape(self, copy, broken):
+        told = json.loads((copy / "manifest.json").read_text())
+        write_json(copy / "manifest.json", {**told, **broken})
+        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+            bundle.check(copy)

@@ -82,7 +82,7 @@ class Artifact:
         """
         for name, entry in self.files.items():
             if not name.startswith(without):
-                _check_file(self.path / name, entry)
+                check_file(self.path / name, entry)
 
     @classmethod
     def peek(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
@@ -234,8 +234,13 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = False) -> None:
     """Writes JSON so that the file is either the old one or the whole new one."""
+    write_text(path, as_json(value), private=private)
+
+
+def as_json(value: Any) -> str:
+    """What :func:`write_json` writes."""
     text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_text(path, text + "\n", private=private)
+    return f"{text}\n"
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
@@ -304,7 +309,12 @@ def _is_listing(files: Mapping[str, Any]) -> bool:
     )
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compares a file with its entry in :attr:`Artifact.files`.
+
+    Raises:
+      ArtifactError: it is missing or was changed.
+    """
     if not path.is_file():
         raise ArtifactError(f"{path} is missing from its artifact; make the artifact again")
     size = path.stat().st_size

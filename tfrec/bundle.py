@@ -28,7 +28,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import tfrec
-from tfrec.artifact import MANIFEST, Artifact, disk_errors, write_json, write_text
+from tfrec.artifact import (
+    MANIFEST,
+    Artifact,
+    as_json,
+    check_file,
+    disk_errors,
+    file_digest,
+    write_json,
+    write_text,
+)
 from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.rows import Int8Rows, Vectors, int8_rows
 
@@ -37,6 +46,7 @@ _READ = (1, FORMAT)  # in format 1 all arrays are floats
 _CODES, _SCALES = ".int8.npy.zst", ".scales.npy"
 _MANY = 50_000  # rows from which on memory is worth more than the time to read them from int8
 _LEVEL = 1  # Huffman codes and few matches: small numbers compress no further
+_ALL_MODELS = "models-scann.config"
 _BATCHING = """max_batch_size { value: 128 }
 batch_timeout_micros { value: 2000 }
 max_enqueued_batches { value: 1000 }
@@ -150,30 +160,93 @@ def publish(folder: Path, version: int, keep: int) -> Path:
         old = [number for number in there if number != version][: max(len(there) - keep, 0)]
         kept = [number for number in there if number not in old]
         with _linked(folder, there):
-            found = Artifact.peek(folder / VERSIONS / str(version), KIND)
-            content = json.loads(found.file(CONTENT).read_text("utf-8"))
-            write_json(
-                folder / MANIFEST,
-                {
-                    **content,
-                    "format": FORMAT,
-                    "kind": KIND,
-                    "version": version,
-                    "versions": {str(n): f"{VERSIONS}/{n}" for n in kept},
-                    "created": found.created,
-                    "tfrec_version": found.tfrec_version,
-                    "digest": found.digest,
-                    "lineage": dict(found.parents),
-                    "metrics": dict(found.metrics),
-                    "files": {f"{VERSIONS}/{version}/{n}": dict(e) for n, e in found.files.items()},
-                },
-            )
+            write_json(folder / MANIFEST, _described(folder, version, kept))
         _unlink(folder, kept)
         for number in old:
             os.rename(folder / VERSIONS / str(number), folder / VERSIONS / f".{number}.gone")
         for gone in (folder / VERSIONS).glob(".*.gone"):
             shutil.rmtree(gone, ignore_errors=True)
     return folder / MANIFEST
+
+
+def check(folder: str | os.PathLike[str]) -> None:
+    """Checks what stands beside the versions: ``manifest.json``, and what TensorFlow Serving reads.
+
+    Each is compared with what :func:`publish` writes for the versions that are there.
+
+    Raises:
+      ArtifactError: it is missing or was changed.
+    """
+    path = Path(folder)
+    version = _newest(path)
+    told = json.loads((path / MANIFEST).read_text("utf-8"))
+    listed = told.get("versions")
+    listed = listed if isinstance(listed, dict) else {}
+    kept = [number for number in versions(path) if str(number) in listed]
+    expected = _described(path, version, kept)
+    if "manifests" not in told:  # bundles that were made before there was this
+        del expected["manifests"]
+    if "arrays_int8" not in expected:
+        expected["format"] = told["format"]
+    theirs = told.get("manifests")
+    for number, digest in expected.get("manifests", {}).items():
+        if isinstance(theirs, dict) and digest != theirs.get(number):
+            raise ArtifactError(
+                f"{path / VERSIONS / number / MANIFEST} does not match its digest in "
+                f"{path / MANIFEST}: one of them was changed; export again"
+            )
+    _check_text(path / MANIFEST, as_json(expected))
+    for name, text in _configs(path, kept).items():
+        _check_text(path / SERVING / name, text)
+    links = _links(path, kept)
+    for link, model in links.items():
+        if not link.is_symlink():
+            _check_copy(path, link)
+        elif link.readlink() != model:
+            raise ArtifactError(f"{link} leads to {link.readlink()}, not {model}; export again")
+    for link in (path / SERVING).glob("*/*"):
+        if link.name.isdigit() and link not in links:
+            raise ArtifactError(
+                f"TensorFlow Serving finds {link}, which is of no version in {path / MANIFEST}; "
+                "export again"
+            )
+
+
+def _check_text(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; export again")
+    if path.read_bytes() != expected.encode():
+        raise ArtifactError(
+            f"{path} does not say what there is in {VERSIONS}: it was changed; export again"
+        )
+
+
+def _check_copy(folder: Path, place: Path) -> None:
+    """Checks a SavedModel that was copied from its version, as a copy that follows links has it."""
+    version = Artifact.peek(folder / VERSIONS / place.name, KIND)
+    model = f"{SERVING}/{place.parent.name}/"
+    for name, entry in version.files.items():
+        if name.startswith(model):
+            check_file(place / name.removeprefix(model), entry)
+
+
+def _described(folder: Path, version: int, kept: Sequence[int]) -> dict[str, Any]:
+    """What ``manifest.json`` says."""
+    found = Artifact.peek(folder / VERSIONS / str(version), KIND)
+    return {
+        **Bundle(folder, version, found).content,
+        "format": FORMAT,
+        "kind": KIND,
+        "version": version,
+        "versions": {str(n): f"{VERSIONS}/{n}" for n in kept},
+        "manifests": {str(n): file_digest(folder / VERSIONS / str(n) / MANIFEST) for n in kept},
+        "created": found.created,
+        "tfrec_version": found.tfrec_version,
+        "digest": found.digest,
+        "lineage": dict(found.parents),
+        "metrics": dict(found.metrics),
+        "files": {f"{VERSIONS}/{version}/{n}": dict(e) for n, e in found.files.items()},
+    }
 
 
 @contextlib.contextmanager
@@ -236,9 +309,8 @@ def _list_models(folder: Path, numbers: Sequence[int]) -> None:
         path = folder / SERVING / name
         if not path.is_file() or path.read_bytes() != text.encode():
             write_text(path, text)
-    for path in (folder / SERVING).glob("*.config"):
-        if path.name not in texts:
-            path.unlink()
+    if _ALL_MODELS not in texts:
+        (folder / SERVING / _ALL_MODELS).unlink(missing_ok=True)
 
 
 def _configs(folder: Path, numbers: Sequence[int]) -> dict[str, str]:
@@ -247,15 +319,16 @@ def _configs(folder: Path, numbers: Sequence[int]) -> dict[str, str]:
     names: set[str] = set()
     special: set[str] = set()
     for number in numbers:
-        told = json.loads((folder / VERSIONS / str(number) / CONTENT).read_text("utf-8"))["models"]
-        for model in (folder / VERSIONS / str(number) / SERVING).glob("[!.]*"):
+        place = folder / VERSIONS / str(number)
+        told = Bundle(folder, number, Artifact.peek(place, KIND)).content.get("models", {})
+        for model in (place / SERVING).glob("[!.]*"):
             names.add(model.name)
             needs = told.get(f"{SERVING}/{model.name}", {}).get("needs", ())
             special |= {model.name} if set(needs) - set(LINKED) else set()
     if not names:
         return {}
     texts = {"models.config": _models_config(names - special), "batching.config": _BATCHING}
-    return texts | ({"models-scann.config": _models_config(names)} if special else {})
+    return texts | ({_ALL_MODELS: _models_config(names)} if special else {})
 
 
 def _models_config(names: Iterable[str]) -> str:

@@ -614,8 +614,8 @@ def _add_verify(verbs: Verbs) -> None:
     verb = verbs.add_parser(
         "verify",
         help=purpose,
-        description="Check the digest of every file of a bundle, and ask its models the questions "
-        "whose answers by the trained models are stored in it.",
+        description="Check every byte of a version and of what stands beside the versions, and ask "
+        "its models the questions whose answers by the trained models are stored in it.",
         epilog=_examples(
             ("the newest version", "tfrec verify bundles/movielens"),
             (

@@ -210,7 +210,9 @@ class TestExport:
         del content["arrays_int8"]
         write_json(folder / "content.json", content)
         _rewrite(folder)
+        bundle.publish(tmp_path / "old", 1, 1)
         manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+        del manifest["manifests"]
         write_json(tmp_path / "old" / "manifest.json", {**manifest, "format": 1})
         asked = requests(trained)
         old = recommender_of(Bundle.load(tmp_path / "old"))
@@ -406,6 +408,7 @@ class TestForTensorFlowServing:
         folder = tmp_path / "b" / "versions" / "1"
         (folder / "tf-serving" / "rank" / "saved_model.pb").write_bytes(b"nothing")
         _rewrite(folder)
+        bundle.publish(tmp_path / "b", 1, 1)
         with pytest.raises(ArtifactError, match="rank holds no SavedModel that loads"):
             verify.run(tmp_path / "b")
 
@@ -445,6 +448,23 @@ class TestBadInput:
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=r"query\.tflite does not match its digest"):
             verify.run(copy)
+
+    @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+    def test_a_changed_byte_in_any_file(self, served, tmp_path, where):
+        shutil.copytree(served, tmp_path / "b", symlinks=True)
+        files = [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
+        kinds = {path.suffix for path in files}
+        assert {".json", ".config", ".tflite", ".npy", ".zst", ".parquet", ".pb", ""} <= kinds
+        for path in files:
+            content = path.read_bytes()
+            if not content:
+                continue
+            changed = bytearray(content)
+            changed[int(where * (len(content) - 1))] ^= 1
+            path.write_bytes(changed)
+            with pytest.raises(ArtifactError):
+                verify.run(tmp_path / "b")
+            path.write_bytes(content)
 
     def test_a_version_without_its_description(self, copy):
         (copy / "versions" / "1" / "content.json").write_text("{")
@@ -501,6 +521,7 @@ class TestBadInput:
         queries = np.load(folder / "golden" / "query.npy")
         np.save(folder / "golden" / "query.npy", queries[::-1])
         _rewrite(folder)
+        bundle.publish(copy, 1, 1)
         assert cli.main(["verify", str(copy)]) == 2
         assert "FAIL  query, LiteRT float32: cosine min" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfrec import bundle
 from tfrec.bundle import SERVING, Bundle
 from tfrec.engines import LiteRTEngine, recommender_of
 from tfrec.errors import InputError, SetupError
@@ -64,7 +65,10 @@ def run(
     server: str | None = None,
     rest: str | None = None,
 ) -> list[Finding]:
-    """Checks every digest of a version and asks its models the stored questions again.
+    """Checks every byte of a version, and asks its models the stored questions again.
+
+    Checked too is what stands beside the versions, which also says of the others whether their
+    descriptions are as they were.
 
     Args:
       folder: The bundle.
@@ -83,6 +87,7 @@ def run(
     """
     addresses = _addresses(server, rest)
     found = Bundle.load(folder, version)
+    bundle.check(folder)
     names = sorted(path.name for path in (found.folder / SERVING).glob("*"))
     if addresses and not names:
         raise InputError(f"{folder} has no SavedModels: it was exported with --no-saved-models")
