@@ -128,8 +128,12 @@ def serving_at(folder: Path, config: str = "models.config") -> Iterator[tuple[st
     class Rest(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            name = self.path.removeprefix("/v1/models/").removesuffix(":predict")
+            name, version = re.fullmatch(
+                r"/v1/models/(\w+)(?:/versions/(\d+))?:predict", self.path
+            ).groups()
             try:
+                if version is not None and int(version) != models.versions[name]:
+                    raise KeyError(version)
                 found = models.predict(name, body["signature_name"], body["inputs"])
                 outputs = serving.as_rest(found)
                 told, code = {"outputs": outputs}, 200

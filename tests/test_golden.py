@@ -27,6 +27,8 @@ def test_what_has_no_vector_is_not_compared():
 def test_another_shape_is_an_error():
     with pytest.raises(ArtifactError, match=r"shape \(2, 2\) were given, and \(3, 2\) exported"):
         cosines(ONES, ONES[:2])
+    with pytest.raises(ArtifactError, match=r"shape \(3, 1\) were given, and \(3, 2\) stored"):
+        difference(ONES, ONES[:, :1])
 
 
 def test_a_prediction_that_is_no_number_is_infinitely_far():

@@ -178,6 +178,8 @@ def overlap(mine: Sequence[Collection[str]], its: Sequence[Collection[str]]) -> 
 
 def difference(mine: Floats, its: Floats) -> dict[str, float]:
     """``max_difference`` of predictions, in units of the spread of ``mine``."""
+    if mine.shape != its.shape:
+        raise ArtifactError(f"predictions of shape {its.shape} were given, and {mine.shape} stored")
     spread = max(float(mine.std()), 1e-9)
     apart = np.nan_to_num(np.abs(mine - its), nan=np.inf)
     return {"max_difference": float(apart.max(initial=0)) / spread}

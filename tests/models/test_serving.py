@@ -1,14 +1,18 @@
 """SavedModels for TensorFlow Serving: what happens in their graphs is what happens in Python."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import checkerboard as board
 import numpy as np
 import pytest
+from serving_server import Service, grpc_at
 
 from tfrec.data.catalog import FeatureSchema, Users
 from tfrec.errors import InputError, SetupError
@@ -428,3 +432,135 @@ def test_a_two_tower_alone(tmp_path_factory, tmp_path):
     assert "rank" not in told
     answer = serving.answers(tmp_path / "encode_query", {"history": padded(HISTORIES)})
     assert answer["query"].shape == (4, 8)
+
+
+SCORE = {"score": {"shape": [-1, -1], "dtype": "float32"}}
+IDS = {"item_id": {"shape": [-1, -1], "dtype": "string"}}
+TOLD = {
+    "rank": {"signatures": {"full": {"outputs": SCORE}}},
+    "retrieve": {"signatures": {"full": {"outputs": {**IDS, **SCORE}}}},
+}
+
+
+@contextmanager
+def web(status, body):
+    """A server that sends what it is told; gives its address, and the paths that were asked."""
+    paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            paths.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *given):
+            """Nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}", paths
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask_web(status, body, model="retrieve"):
+    with web(status, body) as (address, paths), serving.over_rest(address, 3) as plain:
+        ask = serving.as_told(plain, TOLD, f"by REST of {address}")
+        found = ask(model, "full", {"k": np.array([2, 2], np.int32)})
+        return found, paths
+
+
+def test_a_version_is_asked_by_rest():
+    found, paths = ask_web(200, '{"outputs": [[1.5, 2], [0, 1]]}', "rank")
+    assert paths == ["/v1/models/rank/versions/3:predict"]
+    assert found["score"].dtype == np.float32
+    np.testing.assert_array_equal(found["score"], [[1.5, 2], [0, 1]])
+    found, _ = ask_web(200, '{"outputs": {"item_id": [["a"], ["b"]], "score": [[1], [2]]}}')
+    assert found["item_id"].tolist() == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, "{}", "version 3 of 'retrieve' by REST: what it sends has no 'outputs'"),
+        (200, "[[1, 2]]", "what it sends has no 'outputs'"),
+        (200, '"yes"', "what it sends has no 'outputs'"),
+        (200, "<html>", "by REST: JSONDecodeError"),
+        (404, '{"error": "Servable not found"}', "by REST: Servable not found"),
+        (500, "[]", "by REST: 500"),
+        (200, '{"outputs": {}}', "the answer has no 'item_id'; is it another model"),
+        (200, '{"outputs": [[1]]}', "the answer has no 'item_id'"),
+        (200, '{"outputs": {"item_id": [["a"], ["b"]]}}', "the answer has no 'score'"),
+        (200, '{"outputs": {"item_id": [[1], [2]], "score": [[1], [2]]}}', "is no string"),
+        (200, '{"outputs": {"item_id": ["a", "b"], "score": [[1], [2]]}}', r"shape \(2,\), not"),
+        (200, '{"outputs": {"item_id": [["a"]], "score": [[1]]}}', r"\(1, 1\), not \(2, -1\)"),
+        (200, '{"outputs": {"item_id": [["a"], ["b"]], "score": [[1], ["x"]]}}', "'score' is not"),
+        (200, '{"outputs": {"item_id": [["a"], ["b"]], "score": [[1], [2, 3]]}}', "'score' is not"),
+        (200, '{"outputs": {"item_id": [["a"], ["b"]], "score": {"a": 1}}}', "'score' is not"),
+    ],
+)
+def test_an_answer_that_is_none_is_one_line(status, body, message):
+    with pytest.raises(SetupError, match=message) as raised:
+        ask_web(status, body)
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, serving.NotServedError) == (status == 404)
+
+
+class Canned:
+    """In place of the models of a server: one version of one, which always says the same."""
+
+    def __init__(self):
+        self.versions = {"rank": 3}
+
+    def predict(self, name, signature, inputs):
+        return {"score": np.array([[1.5], [2.5]], np.float32)}
+
+
+def test_a_version_is_asked_by_grpc_and_the_connection_closed():
+    k = {"k": np.array([1, 1], np.int32)}
+    with grpc_at(Service(Canned())) as port:
+        address = f"127.0.0.1:{port}"
+        with serving.over_grpc(address, 3) as ask:
+            np.testing.assert_array_equal(ask("rank", "full", k)["score"], [[1.5], [2.5]])
+        with pytest.raises(SetupError, match="closed channel"):
+            ask("rank", "full", k)
+        with (
+            serving.over_grpc(address, 2) as ask,
+            pytest.raises(serving.NotServedError, match="version 2 of 'rank' by gRPC: NOT_FOUND"),
+        ):
+            ask("rank", "full", k)
+
+
+def renamed(answer, context):
+    answer.outputs["other"].CopyFrom(answer.outputs.pop("score"))
+
+
+def misshapen(answer, context):
+    answer.outputs["score"].tensor_shape.dim[0].size = 7
+
+
+def untyped(answer, context):
+    answer.outputs["score"].dtype = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (renamed, "the answer has no 'score'"),
+        (misshapen, "by gRPC cannot be read: |'score' is not what the bundle says: it has the sha"),
+        (untyped, "'rank' by gRPC cannot be read: "),
+    ],
+)
+def test_an_answer_by_grpc_that_is_none_is_one_line(spoil, message):
+    service = Service(Canned())
+    service.spoil = spoil
+    with grpc_at(service) as port, serving.over_grpc(f"127.0.0.1:{port}", 3) as plain:
+        ask = serving.as_told(plain, TOLD, "by gRPC")
+        with pytest.raises(SetupError, match=message):
+            ask("rank", "full", {"k": np.array([1, 1], np.int32)})

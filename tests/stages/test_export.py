@@ -384,8 +384,19 @@ class TestForTensorFlowServing:
         asked = ["verify", str(served), "--tf-serving", rpc, "--rest", rest]
         assert cli.main(asked) == 3
         assert (
-            "does not answer for 'encode_candidate' by gRPC: UNAVAILABLE" in capsys.readouterr().err
+            "does not answer for version 1 of 'encode_candidate' by gRPC: UNAVAILABLE"
+            in capsys.readouterr().err
         )
+
+    def test_the_version_that_is_verified_is_the_one_that_is_asked(self, run, served, tmp_path):
+        out = tmp_path / "bundle"
+        shutil.copytree(served, out, symlinks=True)
+        shutil.copytree(out / "versions" / "1", out / "versions" / "2")
+        bundle.publish(out, 2, 2)
+        with serving_at(out / "tf-serving", "models-scann.config") as (rpc, rest):
+            for given in ({"server": rpc, "rest": rest}, {"rest": rest}):
+                with pytest.raises(SetupError, match="not answer for version 1 of 'encode_cand"):
+                    verify.run(out, version=1, **given)
 
     def test_a_server_without_the_models_is_one_line(self, served, tmp_path):
         with serving_at(tmp_path) as (rpc, rest):

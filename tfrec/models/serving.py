@@ -7,9 +7,10 @@ tfrec, and sees what training saw. The operations are stock, but for the models 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ from tfrec.terminal import quiet
 
 Specs = Mapping[str, Any]
 Call = Callable[..., Mapping[str, Any]]
-Ask = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
-"""Model and inputs of its ``serving_default`` -> its outputs, all NumPy arrays."""
+Ask = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
+"""Model, signature and inputs -> outputs, all NumPy arrays."""
 
 DEFAULT = "serving_default"
 NEEDS = {"retrieve_scann": ("scann",), "encode_text_strings": ("tensorflow-text",)}
@@ -656,12 +657,16 @@ def questions(recommender: Recommender, models: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def request_of(name: str, inputs: Mapping[str, Any], signature: str = DEFAULT) -> Any:
-    """A PredictRequest for a signature of a model."""
+def request_of(
+    name: str, inputs: Mapping[str, Any], signature: str = DEFAULT, version: int | None = None
+) -> Any:
+    """A PredictRequest for a signature of a model, of the newest version if none is given."""
     from tensorflow_serving.apis import predict_pb2
 
     request = predict_pb2.PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = name, signature
+    if version is not None:
+        request.model_spec.version.value = version
     for key, array in inputs.items():
         request.inputs[key].CopyFrom(tf.make_tensor_proto(array))
     return request
@@ -725,82 +730,148 @@ def answers(folder: Path, inputs: Mapping[str, Any], needs: Sequence[str] = ()) 
       ArtifactError: there is none, or it is damaged.
       SetupError: operations that it needs cannot be loaded.
     """
+    return load(folder, needs)(DEFAULT, inputs)
+
+
+def load(
+    folder: Path, needs: Sequence[str] = ()
+) -> Callable[[str, Mapping[str, Any]], dict[str, Any]]:
+    """The SavedModel in a folder: signature and inputs -> outputs. See :func:`answers`."""
     ready(needs)
     try:
         model = tf.saved_model.load(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(f"{folder} holds no SavedModel that loads: {reason}") from None
-    found = model.signatures[DEFAULT](**{key: tf.constant(a) for key, a in inputs.items()})
-    return {name: value.numpy() for name, value in found.items()}
 
-
-class NotServedError(SetupError):
-    """A server does not have a model."""
-
-
-def over_grpc(address: str, seconds: float = 10.0) -> Ask:
-    """Asks the models of a TensorFlow Serving at ``host:port`` by its gRPC service.
-
-    Raises, when it is used:
-      NotServedError: the server does not have the model.
-      SetupError: there is no answer, or it is an error.
-    """
-    import grpc
-    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
-
-    service = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
-
-    def ask(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            found = service.Predict(request_of(name, inputs), timeout=seconds)
-        except grpc.RpcError as error:
-            reason = str(error.details()).partition("\n")[0]
-            missing = error.code() == grpc.StatusCode.NOT_FOUND
-            raise (NotServedError if missing else SetupError)(
-                f"{address} does not answer for '{name}' by gRPC: {error.code().name}, {reason}"
-            ) from None
-        assert isinstance(found, predict_pb2.PredictResponse)
-        return {key: tf.make_ndarray(tensor) for key, tensor in found.outputs.items()}
+    def ask(signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        given = {key: tf.constant(array) for key, array in inputs.items()}
+        return {name: value.numpy() for name, value in model.signatures[signature](**given).items()}
 
     return ask
 
 
-def over_rest(address: str, seconds: float = 10.0) -> Ask:
+class NotServedError(SetupError):
+    """A server does not have a model, or not the version."""
+
+
+@contextlib.contextmanager
+def over_grpc(address: str, version: int, seconds: float = 10.0) -> Iterator[Ask]:
+    """Asks a version of the models of a TensorFlow Serving at ``host:port`` by its gRPC service.
+
+    Raises, when it is used:
+      NotServedError: the server does not have the model, or not this version.
+      SetupError: there is no answer, or it is an error.
+    """
+    import grpc
+    from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        service = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+
+        def ask(name: str, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            request = request_of(name, inputs, signature, version)
+            try:
+                found = service.Predict(request, timeout=seconds)
+                return {key: tf.make_ndarray(tensor) for key, tensor in found.outputs.items()}
+            except grpc.RpcError as error:
+                reason = str(error.details()).partition("\n")[0]
+                missing = error.code() == grpc.StatusCode.NOT_FOUND
+                raise (NotServedError if missing else SetupError)(
+                    f"{address} does not answer for version {version} of '{name}' by gRPC: "
+                    f"{error.code().name}, {reason}"
+                ) from None
+            except (ValueError, TypeError) as error:
+                raise SetupError(
+                    f"the answer of {address} for '{name}' by gRPC cannot be read: {error}"
+                ) from None
+
+        yield ask
+
+
+@contextlib.contextmanager
+def over_rest(address: str, version: int, seconds: float = 10.0) -> Iterator[Ask]:
     """The same by its REST API.
 
     Raises, when it is used:
-      NotServedError: the server does not have the model.
+      NotServedError: the server does not have the model, or not this version.
       SetupError: there is no answer, or it is an error.
     """
     import http.client
 
     host, _, port = address.rpartition(":")
 
-    def ask(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        body = json.dumps({"signature_name": DEFAULT, "inputs": as_rest(inputs)})
+    def ask(name: str, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        failed = f"{address} does not answer for version {version} of '{name}' by REST"
+        body = json.dumps({"signature_name": signature, "inputs": as_rest(inputs)})
         connection = http.client.HTTPConnection(host, int(port), timeout=seconds)
         try:
-            connection.request("POST", f"/v1/models/{name}:predict", body)
+            connection.request("POST", f"/v1/models/{name}/versions/{version}:predict", body)
             answer = connection.getresponse()
             told = json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise SetupError(f"{address} does not answer for '{name}' by REST: {reason}") from None
+            raise SetupError(f"{failed}: {type(error).__name__} {error}") from None
         finally:
             connection.close()
+        told = told if isinstance(told, dict) else {}
         if answer.status != http.client.OK:
             reason = str(told.get("error", answer.status)).partition("\n")[0]
             missing = answer.status == http.client.NOT_FOUND
-            raise (NotServedError if missing else SetupError)(
-                f"{address} does not answer for '{name}' by REST: {reason}"
-            )
+            raise (NotServedError if missing else SetupError)(f"{failed}: {reason}")
+        if "outputs" not in told:
+            raise SetupError(f"{failed}: what it sends has no 'outputs'")
         outputs = told["outputs"]
         # A model with one output is answered without its name.
-        outputs = outputs if isinstance(outputs, dict) else {"": outputs}
-        return {key: np.array(values) for key, values in outputs.items()}
+        return outputs if isinstance(outputs, dict) else {"": outputs}
 
-    return ask
+    yield ask
+
+
+def as_told(ask: Ask, models: Mapping[str, Any], whom: str) -> Ask:
+    """The same, whose outputs are arrays of the names, types and shapes that are told of them.
+
+    Args:
+      ask: Is asked.
+      models: Model -> what :class:`Saved` tells of it.
+      whom: Who that is, for people.
+
+    Raises, when it is used:
+      SetupError: an output is missing, or is something else.
+    """
+
+    def asked(name: str, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        found = ask(name, signature, inputs)
+        told = models[name]["signatures"][signature]["outputs"]
+        if len(told) == 1 and set(found) == {""}:
+            found = dict.fromkeys(told, found[""])
+        rows = len(next(iter(inputs.values())))
+        out = {}
+        for output, spec in told.items():
+            try:
+                out[output] = _array(found[output], spec["dtype"], [rows, *spec["shape"][1:]])
+            except KeyError:
+                raise SetupError(
+                    f"{name}, {whom}: the answer has no '{output}'; is it another model?"
+                ) from None
+            except (ValueError, TypeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise SetupError(
+                    f"{name}, {whom}: '{output}' is not what the bundle says: {reason}"
+                ) from None
+        return out
+
+    return asked
+
+
+def _array(values: Any, dtype: str, shape: Sequence[int]) -> Any:
+    """Raises ValueError or TypeError if the values are of another type or shape (-1: any size)."""
+    array = np.array(values, object if dtype == "string" else dtype)
+    sizes = zip(array.shape, shape, strict=False)
+    if array.ndim != len(shape) or any(want not in (-1, size) for size, want in sizes):
+        raise ValueError(f"it has the shape {array.shape}, not {tuple(shape)}")
+    if dtype == "string" and not all(isinstance(value, str | bytes) for value in array.flat):
+        raise ValueError("it holds what is no string")
+    return array
 
 
 def compared(
@@ -830,7 +901,7 @@ def compared(
         history[row, : len(golden.requests[i].history)] = golden.requests[i].history
     catalog = recommender.catalog
     if name == "encode_query":
-        found = ask(name, {"history": history})
+        found = ask(name, DEFAULT, {"history": history})
         return cosines(golden.query[plain], _only(found))
     if name in ("retrieve", "retrieve_scann"):
         asked, seen = recommender.asked([golden.requests[i] for i in plain])
@@ -840,13 +911,13 @@ def compared(
             "exclude": np.full((len(plain), 1), "", object),
             "k": np.full(len(plain), k, np.int32),
         }
-        found = ask(name, {"history": history, **limits})["item_id"]
+        found = ask(name, DEFAULT, {"history": history, **limits})["item_id"]
         mine = [[catalog.ids[row] for row in rows if row] for rows in expected]
         its = [[_text(i) for i in ids if len(i)] for ids in found]
         return {"overlap": overlap(mine, its)}
     if name == "rank":
         ids = np.array([[catalog.ids[row] for row in rows] for rows in golden.candidates], object)
-        found = ask(name, {"history": history, "candidates": ids[plain]})
+        found = ask(name, DEFAULT, {"history": history, "candidates": ids[plain]})
         told = np.stack([found[task] for task in recommender.policy.tasks], axis=-1)
         return difference(golden.tasks[plain], told)
     if name == "encode_candidate":
@@ -857,14 +928,14 @@ def compared(
         }
         if recommender.text.shape[1]:
             given["text"] = recommender.text[rows.start : rows.stop]
-        found = ask(name, {"item_id": np.full(len(rows), "", object), **given})
+        found = ask(name, DEFAULT, {"item_id": np.full(len(rows), "", object), **given})
         return cosines(golden.candidate, _only(found))
     if name == "encode_text_strings":
-        found = ask(name, {"text": np.array(golden.texts, object)})
+        found = ask(name, DEFAULT, {"text": np.array(golden.texts, object)})
         return cosines(golden.text, _only(found))
     if name in ("encode_text", "encode_text_int8"):
         tokens, mask = tokenize(golden.texts)
-        found = ask(name, {"token_ids": tokens, "padding_mask": mask})
+        found = ask(name, DEFAULT, {"token_ids": tokens, "padding_mask": mask})
         return cosines(golden.text, _only(found))
     return {}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,9 @@ INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1}
 
 APPROXIMATE = {"overlap": 0.8}
 """The same of approximate search, which is tuned to find 0.95 of what is best."""
+
+
+_HERE = "SavedModel"
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,12 @@ def run(
     addresses = _addresses(server, rest)
     found = Bundle.load(folder, version)
     bundle.check(folder)
-    names = sorted(path.name for path in (found.folder / SERVING).glob("*"))
-    if addresses and not names:
+    models = {
+        name.removeprefix(f"{SERVING}/"): told
+        for name, told in sorted(found.content["models"].items())
+        if name.startswith(f"{SERVING}/")
+    }
+    if addresses and not models:
         raise InputError(f"{folder} has no SavedModels: it was exported with --no-saved-models")
     golden = Golden.load(found.folder / "golden")
     recommender = recommender_of(found)
@@ -99,7 +108,7 @@ def run(
         for part, measures in golden.compare(again).items()
         for finding in _judged(part, measures, found)
     ]
-    return out + _saved_models(found, names, golden, recommender, addresses)
+    return [*out, *_saved_models(found, models, golden, recommender, addresses)]
 
 
 def _addresses(server: str | None, rest: str | None) -> dict[str, str]:
@@ -120,52 +129,57 @@ def _addresses(server: str | None, rest: str | None) -> dict[str, str]:
 
 def _saved_models(
     found: Bundle,
-    names: Sequence[str],
+    models: Mapping[str, Any],
     golden: Golden,
     recommender: Recommender,
     addresses: Mapping[str, str],
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """The SavedModels, here and on a server; nothing without TensorFlow."""
-    if not names:
-        return []
+    if not models:
+        return
     try:
         from tfrec.models import serving
     except SetupError as error:
         if addresses:
             raise
         print(f"tfrec: the SavedModels were not run: {error}", file=sys.stderr)
-        return []
+        return
+    needs = {name: told.get("needs", ()) for name, told in models.items()}
+
+    @functools.lru_cache(1)
+    def loaded(name: str) -> Callable[..., Mapping[str, Any]]:
+        return serving.load(found.folder / SERVING / name, needs[name])
+
+    with contextlib.ExitStack() as stack:
+        asked: dict[str, serving.Ask] = {_HERE: lambda name, *given: loaded(name)(*given)}
+        for way, address in addresses.items():
+            over = {"gRPC": serving.over_grpc, "REST": serving.over_rest}[way]
+            connected = stack.enter_context(over(address, found.version))
+            asked[f"by {way} of {address}"] = connected
+        for where, plain in asked.items():
+            ask = serving.as_told(plain, models, where)
+            for name in models:
+                try:
+                    measured = _measured(name, ask, golden, recommender)
+                except SetupError as error:
+                    # What needs more than a server or a machine has to have may be missing there.
+                    absent = where == _HERE or isinstance(error, serving.NotServedError)
+                    if not (needs[name] and absent):
+                        raise
+                    print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
+                    continue
+                bounds = _of_saved_model(name, found)
+                for measure, value in measured.items():
+                    told = measure.replace("_", " ")
+                    yield Finding(f"{name}, {where}", told, value, bounds.get(measure))
+
+
+def _measured(name: str, ask: Any, golden: Golden, recommender: Recommender) -> dict[str, float]:
+    from tfrec.models import serving
+
     engine = recommender.engine
     assert isinstance(engine, LiteRTEngine)
-    told = found.content["models"]
-    needs = {name: told.get(f"{SERVING}/{name}", {}).get("needs", []) for name in names}
-
-    def here(name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return serving.answers(found.folder / SERVING / name, inputs, needs[name])
-
-    asked: dict[str, serving.Ask] = {"SavedModel": here}
-    ways = {"gRPC": serving.over_grpc, "REST": serving.over_rest}
-    asked |= {f"by {way} of {address}": ways[way](address) for way, address in addresses.items()}
-    out = []
-    for where, ask in asked.items():
-        for name in names:
-            try:
-                if where == "SavedModel":
-                    serving.ready(needs[name])
-                measured = serving.compared(name, ask, golden, recommender, engine.tokenize)
-            except SetupError as error:
-                # What needs more than a server or a machine has to have may be missing there.
-                absent = where == "SavedModel" or isinstance(error, serving.NotServedError)
-                if not (needs[name] and absent):
-                    raise
-                print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
-                continue
-            bounds = _of_saved_model(name, found)
-            out += [
-                Finding(f"{name}, {where}", measure.replace("_", " "), value, bounds.get(measure))
-                for measure, value in measured.items()
-            ]
-    return out
+    return serving.compared(name, ask, golden, recommender, engine.tokenize)
 
 
 def _of_saved_model(model: str, found: Bundle) -> Mapping[str, float]:
