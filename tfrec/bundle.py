@@ -61,7 +61,7 @@ LINKED = ("tensorflow-text",)
 """Packages whose operations are linked into TensorFlow Serving as it is released."""
 
 CONTENT = "content.json"
-"""In a version: its models with their signatures, packages, licences and policy."""
+"""In a version: its models with their signatures, packages, the weights' licence, and policy."""
 
 
 @dataclass(frozen=True)

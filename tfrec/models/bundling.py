@@ -18,7 +18,7 @@ from tfrec.bundle import ARRAYS, EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
-from tfrec.errors import InputError, SetupError
+from tfrec.errors import InputError
 from tfrec.golden import Golden
 from tfrec.index import ExactIndex
 from tfrec.models import litert, serving
@@ -26,7 +26,7 @@ from tfrec.models.engine import TensorFlowEngine
 from tfrec.models.int8 import holds
 from tfrec.models.named import kernels
 from tfrec.models.text import TextEncoder
-from tfrec.models.weights import find
+from tfrec.models.weights import origin
 from tfrec.recommender import Floats, Recommender
 from tfrec.rows import int8_rows
 
@@ -40,7 +40,6 @@ PACKAGES = (
     "scann",
 )
 _MOVED = 0.1  # in spreads of the texts along a direction
-_LICENCES = ("LICENSE*", "NOTICE*", "WHEEL-LICENSE*", "SOURCE.txt")
 
 
 def check_finite(recommender: Recommender, source: Path) -> None:
@@ -122,7 +121,10 @@ def write(
         # Towers win no time by int8 and lose by it, unless they have learned to work with it.
         found = [variable.numpy() for variable in kernels(engine.two_tower).values()]
         learned = int8 and bool(found) and all(holds(kernel) for kernel in found)
-        models = _write_models(recommender, engine, text, folder / "litert", int8, learned)
+        models = _write_models(recommender, engine, folder / "litert", int8, learned)
+        weights = None
+        if recommender.text.shape[1]:
+            weights = _write_text(engine.text_encoder, text, folder / "litert" / "text")
         step("SavedModels")
         left_out: dict[str, str] = {}
         if saved_models:
@@ -134,6 +136,7 @@ def write(
     return {
         "models": models,
         "left_out": left_out,
+        "weights": weights,
         "packages": {name: _version(name) for name in PACKAGES},
         "policy": recommender.policy.dump(),
         "coding": asdict(recommender.coding),
@@ -178,7 +181,6 @@ def _bears_int8(recommender: Recommender, array: Floats) -> bool:
 def _write_models(
     recommender: Recommender,
     engine: TensorFlowEngine,
-    text: str,
     folder: Path,
     int8: bool,
     towers_int8: bool,
@@ -195,9 +197,9 @@ def _write_models(
     if width:
         read = [text for text in recommender.catalog.texts if text]
         blobs["text/model"] = litert.text_model(engine.text_encoder, int8, read)
-        _write_text(engine.text_encoder, text, folder / "text")
     for name, blob in blobs.items():
         if blob is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / f"{name}.tflite").write_bytes(blob)
     return {
         name.partition("/")[0]: {
@@ -236,16 +238,19 @@ def _write_saved_models(
     return models, {f"{SERVING}/{name}": reason for name, reason in left_out.items()}
 
 
-def _write_text(encoder: TextEncoder, name: str, folder: Path) -> None:
-    """What the text model needs beside its weights, and under which licence they came."""
-    folder.mkdir()
+def _write_text(encoder: TextEncoder, name: str, folder: Path) -> dict[str, Any]:
+    """What the text model needs beside its weights; returns under which licence they came."""
     encoder.settings.write(folder, encoder.width, encoder.tokenizer.length)
     encoder.tokenizer.save(folder / "tokenizer.json")
-    with contextlib.suppress(InputError, SetupError):
-        source = find(name)
-        for pattern in _LICENCES:
-            for file in sorted(source.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+    found = origin(name)
+    for file in found.files:
+        shutil.copyfile(file, folder / file.name)
+    return {
+        "name": found.name,
+        "licence": found.licence,
+        "source": found.source,
+        "files": [f"litert/text/{file.name}" for file in found.files],
+    }
 
 
 def _version(package: str) -> str:

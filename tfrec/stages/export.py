@@ -85,6 +85,7 @@ def _made(
             saved_models=said["saved_models"],
         )
         write_json(draft.path / CONTENT, {**content, "recommend": recipe["recommend"]})
+        _tell_licence(content["weights"])
         draft.metrics |= {
             name: value
             for parent in parents.values()
@@ -92,6 +93,16 @@ def _made(
             if isinstance(value, int | float)
         }
     return Artifact.peek(place, KIND)
+
+
+def _tell_licence(weights: Mapping[str, Any] | None) -> None:
+    """Says it where those who are given the bundle cannot read under which licence."""
+    if weights is not None and not (weights["licence"] and weights["files"]):
+        told = f"is {weights['licence']}" if weights["licence"] else "is not known here"
+        text = "" if weights["files"] else ", and no text of it was found that could come along"
+        print(
+            f"tfrec: the licence of the weights '{weights['name']}' {told}{text}", file=sys.stderr
+        )
 
 
 def _warn(path: Path) -> None:
