@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from urllib.request import urlopen
 
 import checkerboard as board
+import grpc
 import numpy as np
 import pytest
 from serving_server import serving_at
+from tensorflow_serving.apis import predict_pb2
 
 from tfrec import bundle, cli, models
 from tfrec.artifact import Artifact, content_digest, file_digest, write_json
@@ -20,6 +23,7 @@ from tfrec.errors import ArtifactError, InputError, SetupError
 from tfrec.golden import Golden
 from tfrec.models import bundling, serving
 from tfrec.models.engine import load_recommender
+from tfrec.models.keras_bridge import tf
 from tfrec.recommender import Request, TextDirections
 from tfrec.stages import export, verify
 
@@ -300,6 +304,19 @@ def served(run, tmp_path_factory):
     return out
 
 
+def same_answer(found, expected):
+    """Compares outputs as REST writes them: names and strings exactly, numbers nearly."""
+    if not isinstance(expected, dict):
+        found, expected = {"": found}, {"": expected}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        mine, its = np.array(values), np.array(found[name])
+        if mine.dtype.kind == "U":
+            np.testing.assert_array_equal(its, mine)
+        else:
+            np.testing.assert_allclose(its, mine, rtol=1e-5, atol=1e-6)
+
+
 class TestForTensorFlowServing:
     def test_every_model_has_a_folder_of_versions(self, served):
         told = (served / "tf-serving" / "models.config").read_text()
@@ -380,6 +397,29 @@ class TestForTensorFlowServing:
                 for key, value in asked["inputs"].items()
             }
             assert serving.as_rest(serving.answers(place, inputs)) == answer["outputs"]
+
+    def test_every_example_is_answered_by_a_server_as_it_says(self, served):
+        """The files are sent as they are, by REST and by gRPC."""
+        folder = served / "versions" / "1" / "examples"
+        asked = {path.name.partition(".")[0] for path in folder.iterdir()}
+        assert asked == set(MODELS)
+        with (
+            serving_at(served / "tf-serving", "models-scann.config") as (rpc, rest),
+            grpc.insecure_channel(rpc) as channel,
+        ):
+            predict = channel.unary_unary(
+                "/tensorflow.serving.PredictionService/Predict",
+                response_deserializer=predict_pb2.PredictResponse.FromString,
+            )
+            for name in MODELS:
+                expected = json.loads((folder / f"{name}.response.json").read_text())
+                body = (folder / f"{name}.request.json").read_bytes()
+                with urlopen(f"http://{rest}/v1/models/{name}:predict", body) as answer:
+                    same_answer(json.load(answer)["outputs"], expected["outputs"])
+                found = predict((folder / f"{name}.request.pb").read_bytes(), timeout=60).outputs
+                told = serving.as_rest({key: tf.make_ndarray(found[key]) for key in found})
+                told = told if len(told) > 1 else next(iter(told.values()))
+                same_answer(told, expected["outputs"])
 
     def test_verify_runs_them_all(self, served, capsys):
         assert cli.main(["verify", str(served)]) == 0

@@ -215,7 +215,8 @@ def _write_models(
 def _write_saved_models(
     recommender: Recommender, folder: Path, int8: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The SavedModels, with requests to warm up by, and examples that were really answered.
+    """The SavedModels, with requests to warm up by, and examples, for REST and for gRPC, that were
+    really answered.
 
     Returns:
       What each takes and gives, and those that could not be made, with the reason.
@@ -229,7 +230,11 @@ def _write_saved_models(
         serving.warm_up(place, name, inputs, arrays and serving.blank(arrays["inputs"]))
         body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
         write_json(folder / EXAMPLES / f"{name}.request.json", body)
-        answer = {"outputs": serving.as_rest(serving.answers(place, inputs, made[name]["needs"]))}
+        message = serving.request_of(name, inputs).SerializeToString(deterministic=True)
+        (folder / EXAMPLES / f"{name}.request.pb").write_bytes(message)
+        outputs = serving.as_rest(serving.answers(place, inputs, made[name]["needs"]))
+        # A server leaves the name of a single output out.
+        answer = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
         write_json(folder / EXAMPLES / f"{name}.response.json", answer)
     models = {
         f"{SERVING}/{name}": {"file": f"{SERVING}/{name}", "runtime": "TensorFlow", **told}
