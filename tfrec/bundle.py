@@ -54,6 +54,7 @@ max_enqueued_batches { value: 1000 }
 KIND = "bundle"
 VERSIONS = "versions"
 SERVING = "tf-serving"
+DEFAULT = "serving_default"
 ARRAYS = "arrays"
 """The signature of SavedModels that takes and gives what the LiteRT model of the same does."""
 EXAMPLES = "examples"

@@ -13,7 +13,7 @@ import numpy as np
 from tfrec.artifact import write_json
 from tfrec.bundle import load_rows
 from tfrec.errors import ArtifactError
-from tfrec.recommender import Floats, Recommender, Request
+from tfrec.recommender import Floats, Recommender, Request, Rows, Who
 
 _FILE = "golden.json"
 _PEOPLE, _EVENTS, _TEXTS, _K, _CANDIDATES = 32, 12, 64, 10, 20
@@ -83,25 +83,15 @@ class Golden:
           requests: See above.
           candidates: See above; None: its own.
         """
-        engine, policy = recommender.engine, recommender.policy
         text = np.zeros((0, recommender.text.shape[1]), np.float32)
-        candidate = np.zeros((0, recommender.vectors.shape[1]), np.float32)
-        features = recommender.catalog.features
         if texts:
-            text = engine.encode_text(texts)
-        if recommender.text.shape[1] or features.shape[1]:
-            some = slice(1, 1 + _TEXTS)
-            new = np.zeros(len(features[some]), np.int32)
-            candidate = engine.encode_candidate(recommender.text[some], features[some], new)
+            text = recommender.engine.encode_text(texts)
         asked, _ = recommender.asked(requests)
         query = recommender.queries(asked)
         if candidates is None:
             found = recommender.candidates(asked, query, _CANDIDATES)
             items_first = np.argsort(found == 0, axis=1, kind="stable")[:, :_CANDIDATES]
             candidates = np.take_along_axis(found, items_first, axis=1)
-        everything = replace(policy, score=dict.fromkeys(policy.tasks, 1.0))
-        parts = recommender.parts(asked, query, candidates, everything) if policy.tasks else {}
-        told = [parts[task] for task in policy.tasks]
         answers = recommender.recommend(requests, _K)
         return cls(
             texts,
@@ -109,9 +99,9 @@ class Golden:
             tuple(tuple(item.item_id for item in answer) for answer in answers),
             text,
             query,
-            candidate,
+            new_items(recommender),
             candidates,
-            np.stack(told, axis=-1) if told else np.zeros((*candidates.shape, 0), np.float32),
+            predictions(recommender, asked, query, candidates),
         )
 
     def save(self, folder: Path) -> None:
@@ -160,6 +150,26 @@ class Golden:
             out["rank"] = difference(self.tasks, other.tasks)
         out["lists"] = {"overlap": overlap(self.items, other.items)}
         return out
+
+
+def new_items(recommender: Recommender) -> Floats:
+    """float32 (n, d), what a recommender's models say of its first items as if they were new."""
+    text, features = (
+        array[1 : 1 + _TEXTS] for array in (recommender.text, recommender.catalog.features)
+    )
+    if not (text.shape[1] or features.shape[1]):
+        return np.zeros((0, recommender.vectors.shape[1]), np.float32)
+    return recommender.engine.encode_candidate(text, features, np.zeros(len(features), np.int32))
+
+
+def predictions(recommender: Recommender, asked: Who, query: Floats, candidates: Rows) -> Floats:
+    """float32 (b, c, tasks), what its ranker says of candidates int32 (b, c), in their order."""
+    policy = recommender.policy
+    if not policy.tasks:
+        return np.zeros((*candidates.shape, 0), np.float32)
+    everything = replace(policy, score=dict.fromkeys(policy.tasks, 1.0))
+    parts = recommender.parts(asked, query, candidates, everything)
+    return np.stack([parts[task] for task in policy.tasks], axis=-1)
 
 
 def _request(tree: dict[str, Any]) -> Request:

@@ -304,6 +304,11 @@ def served(run, tmp_path_factory):
     return out
 
 
+def told_of(folder, name):
+    """The signatures of a SavedModel."""
+    return Bundle.load(folder).content["models"][f"tf-serving/{name}"]["signatures"]
+
+
 def same_answer(found, expected):
     """Compares outputs as REST writes them: names and strings exactly, numbers nearly."""
     if not isinstance(expected, dict):
@@ -427,6 +432,34 @@ class TestForTensorFlowServing:
         for name in MODELS:
             assert f"ok    {name}, SavedModel" in told
 
+    def test_verify_runs_every_signature_and_sees_where_one_answers_otherwise(
+        self, run, monkeypatch, tmp_path
+    ):
+        """Each model gives what it should to another row of what it was asked."""
+        export.run(run, tmp_path / "b")
+        signatures = {
+            name if signature == "serving_default" else f"{name} {signature}"
+            for name in MODELS
+            for signature in told_of(tmp_path / "b", name)
+        }
+        assert {"rank full", "encode_query rows", "encode_text_strings query"} < signatures
+        found = verify.run(tmp_path / "b")
+        assert {f.model.removesuffix(", SavedModel") for f in found} > signatures
+        assert [f for f in found if not f.ok] == []
+        assert [f.model for f in found if f.measure == "score difference"] == [
+            "rank, SavedModel",
+            "rank full, SavedModel",
+        ]
+        load = serving.load
+
+        def turned(folder, needs):
+            ask = load(folder, needs)
+            return lambda *given: {key: value[::-1] for key, value in ask(*given).items()}
+
+        monkeypatch.setattr(serving, "load", turned)
+        failed = {f.model for f in verify.run(tmp_path / "b") if not f.ok}
+        assert failed == {f"{title}, SavedModel" for title in signatures}
+
     def test_a_stock_server_is_not_asked_for_scann(self, served, capsys):
         with serving_at(served / "tf-serving") as (rpc, rest):
             found = {f.model for f in verify.run(served, server=rpc, rest=rest)}
@@ -441,10 +474,12 @@ class TestForTensorFlowServing:
         with serving_at(served / "tf-serving", "models-scann.config") as (rpc, rest):
             found = verify.run(served, server=rpc, rest=rest)
             for name in MODELS:
-                for way in (f"by gRPC of {rpc}", f"by REST of {rest}"):
-                    told = [f for f in found if f.model == f"{name}, {way}"]
-                    assert told, (name, way)
-                    assert all(f.ok for f in told)
+                for signature in told_of(served, name):
+                    title = name if signature == "serving_default" else f"{name} {signature}"
+                    for way in (f"by gRPC of {rpc}", f"by REST of {rest}"):
+                        told = [f for f in found if f.model == f"{title}, {way}"]
+                        assert told, (name, way)
+                        assert all(f.ok for f in told)
         asked = ["verify", str(served), "--tf-serving", rpc, "--rest", rest]
         assert cli.main(asked) == 3
         assert (

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfrec.artifact import write_json
-from tfrec.bundle import ARRAYS, EXAMPLES, SERVING, save_codes, save_rows
+from tfrec.bundle import ARRAYS, DEFAULT, EXAMPLES, SERVING, save_codes, save_rows
 from tfrec.data.catalog import Users
 from tfrec.data.dataset import Dataset
 from tfrec.data.interactions import Interactions
@@ -228,7 +228,7 @@ def _write_saved_models(
         place = folder / SERVING / name
         arrays = made[name]["signatures"].get(ARRAYS)
         serving.warm_up(place, name, inputs, arrays and serving.blank(arrays["inputs"]))
-        body = {"signature_name": serving.DEFAULT, "inputs": serving.as_rest(inputs)}
+        body = {"signature_name": DEFAULT, "inputs": serving.as_rest(inputs)}
         write_json(folder / EXAMPLES / f"{name}.request.json", body)
         message = serving.request_of(name, inputs).SerializeToString(deterministic=True)
         (folder / EXAMPLES / f"{name}.request.pb").write_bytes(message)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfrec.bundle import ARRAYS
+from tfrec.bundle import ARRAYS, DEFAULT
 from tfrec.data.catalog import FeatureSchema, Table
 from tfrec.data.sequences import GAP_BUCKETS, RATING_BUCKETS
 from tfrec.data.tokens import Role
@@ -36,11 +36,12 @@ Call = Callable[..., Mapping[str, Any]]
 Ask = Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
 """Model, signature and inputs -> outputs, all NumPy arrays."""
 
-DEFAULT = "serving_default"
 NEEDS = {"retrieve_scann": ("scann",), "encode_text_strings": ("tensorflow-text",)}
 """Model -> packages whose operations it needs beside TensorFlow's."""
 
 _READ = 2000  # texts whose tokens are compared
+_AT_ONCE = 8  # requests; comparing the events of each with one another takes memory
+_K = 10
 _DOUBLINGS = tuple(1 << power for power in range(1, GAP_BUCKETS - 2))
 
 
@@ -876,6 +877,8 @@ def _array(values: Any, dtype: str, shape: Sequence[int]) -> Any:
 
 def compared(
     name: str,
+    signature: str,
+    inputs: Collection[str],
     ask: Ask,
     golden: Golden,
     recommender: Recommender,
@@ -883,8 +886,13 @@ def compared(
 ) -> dict[str, float]:
     """How far a SavedModel is from the stored answers, in the words of :meth:`Golden.compare`.
 
+    ``score_difference`` is how far the ranker's score is from what the stored predictions and the
+    recommender's other parts give.
+
     Args:
       name: Which of the models.
+      signature: Which of its signatures, but :data:`~tfrec.bundle.ARRAYS`.
+      inputs: The names of what it takes.
       ask: Asks it, here or elsewhere.
       golden: The stored answers.
       recommender: Knows the catalog, and the answers that ``golden`` does not hold.
@@ -894,50 +902,114 @@ def compared(
       ArtifactError: the model does not load.
       SetupError: it does not answer.
     """
-    plain = [i for i, r in enumerate(golden.requests) if not r.user_id and not r.profile]
-    widest = max(len(golden.requests[i].history) for i in plain)
-    history = np.full((len(plain), max(widest, 1)), "", object)
-    for row, i in enumerate(plain):
-        history[row, : len(golden.requests[i].history)] = golden.requests[i].history
-    catalog = recommender.catalog
-    if name == "encode_query":
-        found = ask(name, DEFAULT, {"history": history})
-        return cosines(golden.query[plain], _only(found))
-    if name in ("retrieve", "retrieve_scann"):
-        asked, seen = recommender.asked([golden.requests[i] for i in plain])
-        k = 10
-        expected = recommender.index.search(recommender.queries(asked), k, seen).ids
-        limits = {
-            "exclude": np.full((len(plain), 1), "", object),
-            "k": np.full(len(plain), k, np.int32),
-        }
-        found = ask(name, DEFAULT, {"history": history, **limits})["item_id"]
-        mine = [[catalog.ids[row] for row in rows if row] for rows in expected]
-        its = [[_text(i) for i in ids if len(i)] for ids in found]
-        return {"overlap": overlap(mine, its)}
-    if name == "rank":
-        ids = np.array([[catalog.ids[row] for row in rows] for rows in golden.candidates], object)
-        found = ask(name, DEFAULT, {"history": history, "candidates": ids[plain]})
-        told = np.stack([found[task] for task in recommender.policy.tasks], axis=-1)
-        return difference(golden.tasks[plain], told)
-    if name == "encode_candidate":
-        rows = range(1, 1 + len(golden.candidate))
-        given = {
-            key: np.array([catalog.attributes[column][row] for row in rows], object)
-            for column, key in Columns("item", catalog).inputs.items()
-        }
-        if recommender.text.shape[1]:
-            given["text"] = recommender.text[rows.start : rows.stop]
-        found = ask(name, DEFAULT, {"item_id": np.full(len(rows), "", object), **given})
-        return cosines(golden.candidate, _only(found))
+
+    def answer(**given: Any) -> Mapping[str, Any]:
+        return ask(name, signature, {key: given[key] for key in given if key in inputs})
+
     if name == "encode_text_strings":
-        found = ask(name, DEFAULT, {"text": np.array(golden.texts, object)})
-        return cosines(golden.text, _only(found))
+        found = answer(text=np.array(golden.texts, object))
+        return cosines(_read_as(signature, golden, recommender), _only(found))
     if name in ("encode_text", "encode_text_int8"):
         tokens, mask = tokenize(golden.texts)
-        found = ask(name, DEFAULT, {"token_ids": tokens, "padding_mask": mask})
-        return cosines(golden.text, _only(found))
-    return {}
+        return cosines(golden.text, _only(answer(token_ids=tokens, padding_mask=mask)))
+    catalog = recommender.catalog
+    if name == "encode_candidate":
+        rows = slice(1, 1 + len(golden.candidate))
+        cells = {
+            key: np.array(catalog.attributes[column][rows], object)
+            for column, key in Columns("item", catalog).inputs.items()
+        }
+        new = np.full(len(golden.candidate), "", object)
+        found = answer(item_id=new, text=recommender.text[rows], **cells)
+        return cosines(golden.candidate, _only(found))
+    if name not in ("encode_query", "retrieve", "retrieve_scann", "rank"):
+        return {}
+    # Without ``full`` nothing is told of a user but his history.
+    everyone = range(len(golden.requests))
+    plain = [i for i in everyone if not golden.requests[i].user_id]
+    asked = list(everyone) if signature == "full" else plain
+    batches = []
+    for start in range(0, len(asked), _AT_ONCE):
+        some = asked[start : start + _AT_ONCE]
+        ids = [[catalog.ids[row] for row in golden.candidates[i]] for i in some]
+        found = answer(
+            **_full(recommender, [golden.requests[i] for i in some]),
+            exclude=np.full((len(some), 1), "", object),
+            k=np.full(len(some), _K, np.int32),
+            candidates=np.array(ids, object),
+        )
+        batches.append(found)
+    found = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    if name == "encode_query":
+        return cosines(golden.query[asked], _only(found))
+    people, seen = recommender.asked([golden.requests[i] for i in asked])
+    if name == "rank":
+        tasks, at = recommender.policy.tasks, golden.candidates[asked]
+        told = np.stack([found[task] for task in tasks], axis=-1)
+        parts = recommender.parts(people, golden.query[asked], at)
+        parts |= {task: golden.tasks[asked, :, place] for place, task in enumerate(tasks)}
+        score = recommender.policy.total(parts)
+        score += recommender.policy.prior(people.events)[:, None] * recommender.popular(at)
+        apart = difference(score[at > 0], found["score"][at > 0])
+        return {
+            **difference(golden.tasks[asked], told),
+            "score_difference": apart["max_difference"],
+        }
+    expected = recommender.index.search(recommender.queries(people), _K, seen).ids
+    mine = [[catalog.ids[row] for row in rows if row] for rows in expected]
+    its = [[_text(i) for i in ids if len(i)] for ids in found["item_id"]]
+    return {"overlap": overlap(mine, its)}
+
+
+def _full(recommender: Recommender, requests: Sequence[Request]) -> dict[str, Any]:
+    """All that is known of those who ask, for the signature ``full``; ``history_rows`` too."""
+    asked, _ = recommender.asked(requests)
+    events, coding = asked.histories, recommender.coding
+    places = np.arange(max(events.lengths.max(initial=0), 1)) < events.lengths[:, None]
+
+    def wide(values: Any, fill: Any) -> Any:
+        out = np.full(places.shape, fill, values.dtype)
+        out[places] = values
+        return out
+
+    # No name for what the models do not know, and a rating in the middle of its bucket.
+    names = np.array(["", "", *coding.event_names], object)
+    span = coding.rating_max - coding.rating_min
+    ratings = coding.rating_min + (events.rating - 0.5) / (RATING_BUCKETS - 2) * span
+    times = wide(events.timestamp, np.int64(0))
+    newest = np.maximum(events.lengths - 1, 0)
+    users, columns = recommender.users, Columns("user", recommender.users).inputs
+    rows = [users.row(request.user_id) for request in requests]
+    return {
+        "history": wide(np.array([recommender.catalog.ids[i] for i in events.item], object), ""),
+        "history_rows": wide(events.item, 0),
+        "event": wide(names[events.event], ""),
+        "rating": wide(np.where(events.rating > 0, ratings, np.nan).astype(np.float32), np.nan),
+        "timestamp": times,
+        "request_time": np.take_along_axis(times, newest[:, None], axis=1)[:, 0],
+        "profile": asked.profile,
+        **{
+            key: np.array(
+                [users.attributes[column][row] if row >= 0 else "" for row in rows], object
+            )
+            for column, key in columns.items()
+        },
+    }
+
+
+def _cells(column: Sequence[str], rows: Sequence[int]) -> Any:
+    """string (n,); empty for rows below 0."""
+    return np.array([column[row] if row >= 0 else "" for row in rows], object)
+
+
+def _read_as(signature: str, golden: Golden, recommender: Recommender) -> Any:
+    """float32 (texts, width), what a text encoder must make of the stored texts."""
+    engine = recommender.engine
+    if signature == DEFAULT:
+        return golden.text
+    # What the trained model said is stored of texts of items, which may be read otherwise.
+    words = engine.encode_text(golden.texts, query=True)
+    return golden.text if np.array_equal(words, engine.encode_text(golden.texts)) else words
 
 
 def _only(outputs: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import sys
@@ -11,24 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfrec import bundle
-from tfrec.bundle import SERVING, Bundle
-from tfrec.engines import LiteRTEngine, recommender_of
+from tfrec.bundle import ARRAYS, DEFAULT, SERVING, Bundle
+from tfrec.engines import LiteRTEngine, ModelsEngine, recommender_of
 from tfrec.errors import InputError, SetupError
-from tfrec.golden import Golden
+from tfrec.golden import Golden, cosines, difference, new_items, predictions
 from tfrec.recommender import Recommender
 
 FLOORS = {
     "cosine_min": 0.9999,
     "max_difference": 0.001,
+    "score_difference": 0.001,
     "overlap": 0.9,
 }
-"""What float models must keep: the least cosine, the most that a prediction moves in spreads of
-that prediction, the share of common items in lists of ten."""
+"""What float models must keep: the least cosine, the most that a prediction and a score move in
+spreads of it, the share of common items in lists of ten."""
 
 INT8 = {"cosine_min": 0.99, "max_difference": 0.5}
 """The same of a text encoder and of a ranker with int8 weights."""
 
-INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1}
+INT8_ARRAYS = {"cosine_min": 0.999, "max_difference": 0.1, "score_difference": 0.1}
 """The same of float models that read int8 vectors, where the trained ones read float32."""
 
 APPROXIMATE = {"overlap": 0.8}
@@ -158,36 +160,75 @@ def _saved_models(
             asked[f"by {way} of {address}"] = connected
         for where, plain in asked.items():
             ask = serving.as_told(plain, models, where)
-            for name in models:
+            for name, signature in _signatures(models):
                 try:
-                    measured = _measured(name, ask, golden, recommender)
+                    measured = _measured(name, signature, models, ask, golden, recommender)
                 except SetupError as error:
                     # What needs more than a server or a machine has to have may be missing there.
                     absent = where == _HERE or isinstance(error, serving.NotServedError)
                     if not (needs[name] and absent):
                         raise
-                    print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
+                    if signature == DEFAULT:
+                        print(f"tfrec: {name} was not run: {error}", file=sys.stderr)
                     continue
-                bounds = _of_saved_model(name, found)
+                bounds = _of_saved_model(name, signature, found)
+                title = name if signature == DEFAULT else f"{name} {signature}"
                 for measure, value in measured.items():
                     told = measure.replace("_", " ")
-                    yield Finding(f"{name}, {where}", told, value, bounds.get(measure))
+                    yield Finding(f"{title}, {where}", told, value, bounds.get(measure))
 
 
-def _measured(name: str, ask: Any, golden: Golden, recommender: Recommender) -> dict[str, float]:
+def _signatures(models: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each model with each of its signatures, ``serving_default`` first."""
+    for name, told in models.items():
+        for signature in sorted(
+            told["signatures"], key=lambda key: (key != "serving_default", key)
+        ):
+            yield name, signature
+
+
+def _measured(
+    name: str,
+    signature: str,
+    models: Mapping[str, Any],
+    ask: Any,
+    golden: Golden,
+    recommender: Recommender,
+) -> dict[str, float]:
+    """How far the answers to one signature of a SavedModel are from the stored ones."""
     from tfrec.models import serving
 
     engine = recommender.engine
     assert isinstance(engine, LiteRTEngine)
-    return serving.compared(name, ask, golden, recommender, engine.tokenize)
+    inputs = models[name]["signatures"][signature]["inputs"]
+    if signature != ARRAYS:
+        return serving.compared(name, signature, inputs, ask, golden, recommender, engine.tokenize)
+
+    def model(arrays: Mapping[str, Any]) -> Any:
+        (found,) = ask(name, ARRAYS, {key: arrays[key] for key in inputs}).values()
+        return found
+
+    served = copy.copy(recommender)
+    its = engine.models._replace(query=model, candidate=model, rank=model)
+    served.engine = ModelsEngine(its, engine.history, engine.tasks, engine.step)
+    if name == "encode_candidate":
+        return cosines(golden.candidate, new_items(served))
+    asked, _ = recommender.asked(golden.requests)
+    if name == "encode_query":
+        return cosines(golden.query, served.queries(asked))
+    told = predictions(served, asked, golden.query, golden.candidates)
+    return difference(golden.tasks, told)
 
 
-def _of_saved_model(model: str, found: Bundle) -> Mapping[str, float]:
+def _of_saved_model(model: str, signature: str, found: Bundle) -> Mapping[str, float]:
     """What a SavedModel must keep."""
     if model == "retrieve_scann":
         return {**FLOORS, **APPROXIMATE}
-    if model == "encode_candidate":  # its texts are given; other vectors are float32 inside
+    # What is given to these comes from the bundle's arrays; inside, all is float32.
+    if model == "encode_candidate" or signature in ("full", ARRAYS):
         return _bounds(found)
+    if model == "rank":  # its score is compared with what the arrays give
+        return {**FLOORS, "score_difference": _bounds(found)["score_difference"]}
     stored = found.content["text_int8"] and model == "encode_text_strings"
     return {**FLOORS, **INT8} if stored or model == "encode_text_int8" else FLOORS
 
