@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_bert import write_tiny_bert
 
-from tfrec import cli
+from tfrec import cli, inspect
 from tfrec.artifact import Artifact
 from tfrec.config import Config
 from tfrec.errors import ArtifactError, ConfigError, InputError
@@ -95,6 +95,35 @@ class TestPruned:
         export.run(run / "compress" / "pruned-0.5-int8", out, saved_models=False)
         findings = verify.run(out)
         assert [finding for finding in findings if not finding.ok] == []
+
+    def test_its_bundle_carries_what_was_measured(self, run, pruned, tmp_path):
+        """Of the models that it was made from, and of itself."""
+        made = export.run(run / "compress" / "pruned-0.5-int8", tmp_path / "b", saved_models=False)
+        found = made.metrics
+        for role in ("retrieval", "ranking"):
+            before = Artifact.peek(run / "adapt" / role).metrics
+            assert found[role]["source"]["validation"] == before["validation"]
+        assert found["dataset"]["users"] == board.USERS
+        (model,) = (m for m in tree_of(pruned)["models"] if m["key"] == "pruned-0.5-int8")
+        assert found["compress"]["loss"] == model["loss"]
+        assert found["compress"][KNOWN] == model["metrics"][KNOWN]["mean"]
+        assert found["compress"]["kept"][KNOWN] == model["kept"][KNOWN]["mean"]
+        assert found["compress"]["sizes"] == model["sizes"]
+        assert "".join(inspect.describe(tmp_path / "b")).count("retrieval.source.validation") == 1
+        told = json.loads((tmp_path / "b" / "manifest.json").read_text())["metrics"]
+        assert told == found
+
+    def test_a_report_from_before_the_model_is_not_carried(self, run, pruned, tmp_path):
+        shutil.copytree(run / "compress", tmp_path / "compress", symlinks=True)
+        for name in ("prepare", "adapt"):
+            (tmp_path / name).symlink_to(run / name)
+        path = tmp_path / "compress" / "report" / "manifest.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({**told, "created": "2000-01-01T00:00:00+00:00"}))
+        source = tmp_path / "compress" / "pruned-0.5-int8"
+        made = export.run(source, tmp_path / "b", saved_models=False)
+        assert "compress" not in made.metrics
+        assert "source" in made.metrics["retrieval"]
 
     def test_the_report_tells_what_was_measured(self, pruned):
         tree = tree_of(pruned)

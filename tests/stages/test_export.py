@@ -104,6 +104,9 @@ class TestExport:
         }
         retrieval = Artifact.peek(run / "adapt" / "retrieval")
         assert told["lineage"]["retrieval"] == retrieval.digest
+        assert told["metrics"]["retrieval"]["validation"] == retrieval.metrics["validation"]
+        ranking = Artifact.peek(run / "adapt" / "ranking").metrics
+        assert told["metrics"]["ranking"]["validation"] == ranking["validation"]
         assert told["packages"]["numpy"] == np.__version__
         for name, entry in told["files"].items():
             assert (made / name).stat().st_size == entry["bytes"]

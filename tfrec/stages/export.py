@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from tfrec import bundle
 from tfrec.artifact import MANIFEST, Artifact, alone, current, write_json, writing
 from tfrec.bundle import CONTENT, KIND, VERSIONS, Bundle
 from tfrec.config import recommend_section
-from tfrec.errors import InputError
+from tfrec.errors import ArtifactError, InputError
 from tfrec.models import bundling
 from tfrec.models.engine import load_recommender
 
@@ -86,13 +87,39 @@ def _made(
         )
         write_json(draft.path / CONTENT, {**content, "recommend": recipe["recommend"]})
         _tell_licence(content["weights"])
-        draft.metrics |= {
-            name: value
-            for parent in parents.values()
-            for name, value in parent.metrics.items()
-            if isinstance(value, int | float)
-        }
+        draft.metrics |= {role: _numbers(parent.metrics) for role, parent in parents.items()}
+        draft.metrics |= _numbers({"compress": _trial(source, parents["retrieval"])})
     return Artifact.peek(place, KIND)
+
+
+def _numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in a tree of metrics, where they are in it."""
+    inner = {name: _numbers(value) for name, value in tree.items() if isinstance(value, Mapping)}
+    plain = {name: value for name, value in tree.items() if isinstance(value, int | float)}
+    return plain | {name: numbers for name, numbers in inner.items() if numbers}
+
+
+def _trial(source: Path, retrieval: Artifact) -> dict[str, Any]:
+    """What `compress` measured of a run that it made; empty where there is no report on it."""
+    try:
+        report = Artifact.load(source.resolve().parent / "report", "compression")
+    except ArtifactError:
+        return {}
+    of_this = report.parents.get("retrieval") == retrieval.parents.get("source")
+    if not of_this or report.created < retrieval.created:
+        return {}
+    told = json.loads(report.file("compress.json").read_text("utf-8"))["models"]
+    for model in told:
+        if model["key"] == source.resolve().name:
+            means = {
+                part: {name: estimate["mean"] for name, estimate in model[part].items()}
+                for part in ("metrics", "kept")
+            }
+            fit = ("loss", "cosine", "cosine_min", "neighbours", "sizes", "times")
+            return {**means["metrics"], "kept": means["kept"]} | {
+                name: model[name] for name in fit if name in model
+            }
+    return {}
 
 
 def _tell_licence(weights: Mapping[str, Any] | None) -> None:
