@@ -2,6 +2,8 @@
 
 import importlib.abc
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +144,24 @@ class TestExport:
     def test_the_same_run_elsewhere_gives_the_same_bytes(self, run, made, tmp_path):
         other = export.run(run, tmp_path / "other", **PLAIN)
         assert other.digest == Artifact.peek(made / "versions" / "1").digest
+
+    def test_another_process_gives_the_same_bytes_but_for_graphs(self, run, served, tmp_path):
+        """In int8, with SavedModels: their graphs and what they save differ, and when it was."""
+        code = "import sys; from tfrec import cli; sys.exit(cli.main(sys.argv[1:]))"
+        said = ["export", str(run), "--to", str(tmp_path / "b"), "--no-users"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *said],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": "7"},
+        )
+        assert done.returncode == 0, done.stderr
+        mine, its = (Bundle.load(folder).artifact.files for folder in (served, tmp_path / "b"))
+        assert mine.keys() == its.keys()
+        differing = {name for name in mine if mine[name] != its[name]}
+        graphs = re.compile(r"tf-serving/\w+/(saved_model\.pb|fingerprint\.pb|variables/.*)")
+        assert {name for name in differing if not graphs.fullmatch(name)} == set()
+        assert sum(name.endswith("tf_serving_warmup_requests") for name in mine) == len(MODELS)
 
     def test_versions_grow_and_the_oldest_go(self, run, copy):
         export.run(run, copy, users=False, **PLAIN)

@@ -693,7 +693,7 @@ def warm_up(
         for signature, given in asked.items():
             log = prediction_log_pb2.PredictionLog()
             log.predict_log.request.CopyFrom(request_of(name, given, signature))
-            writer.write(log.SerializeToString())
+            writer.write(log.SerializeToString(deterministic=True))
 
 
 def blank(inputs: Mapping[str, Any]) -> dict[str, Any]:
