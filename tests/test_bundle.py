@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -244,6 +247,31 @@ class TestPublish:
         assert all(f'"{name}"' in seen["models.config"] for name in ("rank", "retrieve", "new"))
         assert "retrieve" not in served(tmp_path)["models.config"]
         assert served(tmp_path).keys() == {"models.config", "batching.config", "rank/2", "new/2"}
+
+    @pytest.mark.parametrize(
+        ("where", "version"),
+        [("_list_models", 1), ("write_json", 1), ("_unlink", 2), ("os.rename", 2)],
+    )
+    def test_a_kill_leaves_a_whole_version_and_the_next_time_mends_the_rest(
+        self, tmp_path, where, version
+    ):
+        published(tmp_path, 1)
+        add(tmp_path, 2, models=("rank", "new"))
+        code = (
+            "import os, signal, sys; from pathlib import Path; from tfrec import bundle; "
+            f"bundle.{where} = lambda *given: os.kill(os.getpid(), signal.SIGKILL); "
+            "bundle.publish(Path(sys.argv[1]), 2, 1)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+        assert done.returncode == -signal.SIGKILL
+        found = Bundle.load(tmp_path)
+        assert found.version == version
+        kept = {"rank/1", "retrieve/1"} if version == 1 else {"rank/2", "new/2"}
+        assert kept < served(tmp_path).keys()  # every model that a server finds is whole
+        bundle.publish(tmp_path, 2, 1)
+        assert served(tmp_path).keys() == {"models.config", "batching.config", "rank/2", "new/2"}
+        assert bundle.versions(tmp_path) == [2]
+        bundle.check(tmp_path)
 
     def test_operations_that_a_server_may_lack(self, tmp_path):
         published(tmp_path, 1, models=("retrieve_scann",), needs=("scann",))

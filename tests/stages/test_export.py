@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from tfrec.golden import Golden
 from tfrec.models import bundling, serving
 from tfrec.models.engine import load_recommender
 from tfrec.models.keras_bridge import tf
+from tfrec.models.named import kernels, named_variables
 from tfrec.recommender import Request, TextDirections
 from tfrec.stages import export, verify
 
@@ -546,6 +548,24 @@ class TestForTensorFlowServing:
             verify.run(tmp_path / "b")
 
 
+def bundle_files(folder):
+    """Name -> content of every file."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def largest(model):
+    return max(named_variables(model).values(), key=lambda variable: int(np.prod(variable.shape)))
+
+
+WEIGHTS = {
+    "a kernel of the BERT": lambda engine: list(kernels(engine.text_encoder).values())[-1],
+    "a word that no text has": lambda engine: engine.text_encoder.model.token_embedding.embeddings,
+    "the query tower": lambda engine: largest(engine.two_tower.query_tower),
+    "the candidate tower": lambda engine: largest(engine.two_tower.candidate_tower),
+    "the ranker": lambda engine: largest(engine.ranker),
+}
+
+
 class TestBadInput:
     def test_a_run_that_was_never_trained(self, run, tmp_path):
         (tmp_path / "run").mkdir()
@@ -560,6 +580,20 @@ class TestBadInput:
         monkeypatch.setattr(export, "load_recommender", lambda folder: broken)
         with pytest.raises(InputError, match=r"vectors .* not finite; train again"):
             export.run(run, tmp_path / "bundle")
+        assert bundle.versions(tmp_path / "bundle") == []
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize("int8", [False, True])
+    @pytest.mark.parametrize("part", list(WEIGHTS))
+    def test_a_weight_that_is_not_finite(self, run, tmp_path, monkeypatch, part, int8, value):
+        broken = load_recommender(run)
+        weight = WEIGHTS[part](broken.engine)
+        changed = weight.numpy()
+        changed[4, ...] = value
+        weight.assign(changed)
+        monkeypatch.setattr(export, "load_recommender", lambda folder: broken)
+        with pytest.raises(InputError, match="weights that are not finite; train it again"):
+            export.run(run, tmp_path / "bundle", int8=int8, saved_models=False)
         assert bundle.versions(tmp_path / "bundle") == []
 
     def test_something_else_at_the_place(self, run, tmp_path):
@@ -648,6 +682,27 @@ class TestBadInput:
             export.run(run, disk / "bundle", users=False)
         assert (bundle.versions(disk / "bundle"), Bundle.load(disk / "bundle").version) == ([1], 1)
         assert [path.name for path in (disk / "bundle" / "versions").iterdir()] == ["1"]
+
+    def test_a_kill_in_mid_export_leaves_the_old_version(self, run, copy):
+        before = bundle_files(copy)
+        code = (
+            "import os, signal, sys; from pathlib import Path; from tfrec.golden import Golden; "
+            "from tfrec.stages import export; "
+            "Golden.save = lambda golden, folder: os.kill(os.getpid(), signal.SIGKILL); "
+            "export.run(sys.argv[1], sys.argv[2], users=False, int8=False, saved_models=False)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(run), str(copy)])
+        assert done.returncode == -signal.SIGKILL
+        (draft,) = (copy / "versions").glob(".*")
+        assert list(draft.rglob("*.tflite"))
+        assert {name: text for name, text in bundle_files(copy).items() if name in before} == before
+        assert Bundle.load(copy).version == 1
+        bundle.check(copy)
+        assert recommender_of(Bundle.load(copy)).recommend([Request(history=("i2",))])[0]
+        export.run(run, copy, users=False, **PLAIN)
+        assert (bundle.versions(copy), Bundle.load(copy).version) == ([1, 2], 2)
+        assert not list((copy / "versions").glob(".*"))
+        bundle.check(copy)
 
     def test_answers_that_differ_fail(self, copy, capsys):
         folder = copy / "versions" / "1"

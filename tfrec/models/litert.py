@@ -92,6 +92,8 @@ def text_model(encoder: TextEncoder, int8: bool = True, calibration: Sequence[st
     if encoder.projection is not None:
         kernel, bias = encoder.projection.get_weights()
         weights |= {f"{_PROJECTION}.weight": kernel.T, f"{_PROJECTION}.bias": bias}
+    if not all(np.isfinite(array).all() for array in weights.values()):
+        raise InputError(_NOT_FINITE)
     products = _products(weights, settings)
     if int8 and calibration:
         seen = _inputs(encoder, weights, products, calibration)
