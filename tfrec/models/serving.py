@@ -28,7 +28,7 @@ from tfrec.models.keras_bridge import tf
 from tfrec.models.scann_graph import ScannGraph
 from tfrec.models.stored_int8 import StoredInt8
 from tfrec.models.wordpiece import WordPieces
-from tfrec.recommender import SCALARS, Recommender
+from tfrec.recommender import SCALARS, Recommender, Request
 from tfrec.terminal import quiet
 
 Specs = Mapping[str, Any]
