@@ -988,12 +988,7 @@ def _full(recommender: Recommender, requests: Sequence[Request]) -> dict[str, An
         "timestamp": times,
         "request_time": np.take_along_axis(times, newest[:, None], axis=1)[:, 0],
         "profile": asked.profile,
-        **{
-            key: np.array(
-                [users.attributes[column][row] if row >= 0 else "" for row in rows], object
-            )
-            for column, key in columns.items()
-        },
+        **{key: _cells(users.attributes[column], rows) for column, key in columns.items()},
     }
 
 
