@@ -60,7 +60,7 @@ THOROUGH = (
     "adapt.retrieval.batch_size=32",
     "adapt.retrieval.patience=0",
 )
-ALONE = ("next_item", "masked", "denoising", "vae", "contrastive", "text_history")
+ALONE = ("next_item", "masked", "denoising", "vae", "contrastive", "text_history", "mlm")
 
 
 @dataclass(frozen=True)
