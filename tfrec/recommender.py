@@ -741,8 +741,8 @@ class Recommender:
         """Index of the vectors of the items' texts; row i of the catalog has id i."""
         rows, queries = np.arange(1, len(self.catalog), dtype=np.int32), None
         if len(rows) > EXACT_LIMIT:
-            queries = self.text_queries(self.typical(), self.policy)
-            queries = queries[queries.any(axis=1)]
+            asked = self.text_queries(self.typical(), self.policy)
+            queries = asked[asked.any(axis=1)] if asked.any() else None
         return make_index(self.text[1:], rows, queries=queries)
 
     @functools.cached_property
