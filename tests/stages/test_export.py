@@ -672,14 +672,18 @@ class TestBadInput:
         with pytest.raises(ArtifactError, match="unfinished or no bundle"):
             Bundle.load(tmp_path)
 
-    @pytest.mark.parametrize("share", [0.02, 0.3, 0.9], ids=["arrays", "models", "SavedModels"])
-    def test_a_full_disk_leaves_the_old_version(self, run, made, served, small_disk, share):
+    @pytest.mark.parametrize(
+        ("share", "settings"), [(0.1, PLAIN), (0.6, PLAIN), (0.5, {})], ids=["0.1", "0.6", "graphs"]
+    )
+    def test_a_full_disk_leaves_the_old_version(
+        self, run, made, served, small_disk, share, settings
+    ):
         """Whoever writes then: NumPy, TensorFlow or this package."""
-        sizes = [_kilobytes(folder) for folder in (made, served)]
-        disk = small_disk(int(sizes[0] + share * sizes[1]))
+        room = share * _kilobytes(made if settings else served)
+        disk = small_disk(int(_kilobytes(made) + room))
         shutil.copytree(made, disk / "bundle", symlinks=True)
         with pytest.raises(SetupError, match="no space left on the disk while writing"):
-            export.run(run, disk / "bundle", users=False)
+            export.run(run, disk / "bundle", users=False, **settings)
         assert (bundle.versions(disk / "bundle"), Bundle.load(disk / "bundle").version) == ([1], 1)
         assert [path.name for path in (disk / "bundle" / "versions").iterdir()] == ["1"]
 
