@@ -25,10 +25,14 @@ _CAPTION = (
     "another model on every axis."
 )
 _NAMES = {KNOWN: "NDCG@10", NEW: "NDCG@20, new items", HITS: "HR@10"}
-_COLUMNS = {
-    "kept": "kept",
-    "new": "kept, new items",
+_KEPT = {
+    "kept": "kept, NDCG@10",
+    "hits": "kept, HR@10",
+    "new": "kept, NDCG@20 of new items",
     "neighbours": "neighbours kept",
+    "cosine": "cosine, mean / min",
+}
+_COST = {
     "text": "text encoder, MB",
     "bundle": "bundle, MB",
     "one": "1 text",
@@ -39,9 +43,18 @@ _COLUMNS = {
     "ranks": "32 ranked",
     "request": "a request",
     "memory": "memory",
-    "cosine": "cosine, mean / min",
 }
-_IN_TERMINAL = ("kept", "new", "neighbours", "text", "bundle", "one", "many", "request", "memory")
+_IN_TERMINAL = {
+    "kept": "kept",
+    "new": "kept, new",
+    "neighbours": "neighbours",
+    "text": "text MB",
+    "bundle": "bundle MB",
+    "one": "1 text",
+    "many": "32 texts",
+    "request": "request",
+    "memory": "memory",
+}
 
 
 def write(tree: Tree, folder: Path) -> None:
@@ -74,7 +87,7 @@ def measured(tree: Tree) -> dict[str, Any]:
 
 def text(tree: Tree) -> str:
     """The table and the choice, for the terminal."""
-    head = ["", *(_COLUMNS[name] for name in _IN_TERMINAL)]
+    head = ["", *_IN_TERMINAL.values()]
     rows = [
         [_title(model), *(_cells(model)[name] for name in _IN_TERMINAL)] for model in tree["models"]
     ]
@@ -134,6 +147,7 @@ def _cells(model: Tree) -> dict[str, str]:
     timed = ("one", "many", "query", "queries", "rank", "ranks", "request")
     return {
         "kept": _percent(kept.get(KNOWN)),
+        "hits": _percent(kept.get(HITS)),
         "new": _percent(kept.get(NEW)),
         "neighbours": f"{model['neighbours']:.1%}" if "neighbours" in model else "–",
         "text": f"{sizes['text'] / 1e6:.1f}" if sizes["text"] else "–",
@@ -197,7 +211,7 @@ def page(tree: Tree) -> str:
             findings(_findings(tree) + ([why_not(tree)] if tree["misses"] else []))
             + figure(drawn, "trade", _CAPTION),
         ),
-        section("Every model", _table(tree) + note(_how(tree))),
+        section("Every model", _tables(tree) + note(_how(tree))),
         section("Zeros", _zeros(tree)),
     ]
     return document(f"{tree['name']}: compression", body)
@@ -248,25 +262,25 @@ def _how(tree: Tree) -> str:
     )
 
 
-def _table(tree: Tree) -> str:
-    rows = []
+def _tables(tree: Tree) -> str:
+    """What each model keeps, and what it costs."""
+    kept: list[tuple[list[str], str]] = []
+    cost: list[tuple[list[str], str]] = []
     for model in tree["models"]:
         cells = {name: escape(cell) for name, cell in _cells(model).items()}
-        for column, name in (("kept", KNOWN), ("new", NEW), ("kept", HITS)):
+        for column, name in (("kept", KNOWN), ("hits", HITS), ("new", NEW)):
             share = model["kept"].get(name)
-            title = _NAMES[name].partition(",")[0]
-            if name == HITS:
-                cells[column] += f"<small>{title}: {_percent(share)}</small>"
             if share and "low" in share:
                 cells[column] += f"<small>{share['low']:.1%} to {share['high']:.1%}</small>"
             if name in model["metrics"]:
-                value = model["metrics"][name]["mean"]
-                cells[column] += f"<small>{title} {value:.4f}</small>"
+                cells[column] += f"<small>{model['metrics'][name]['mean']:.4f}</small>"
         for part in ("text", "bundle"):
             cells[part] += f"<small>gzip {model['sizes'][f'{part}_gzip'] / 1e6:.1f}</small>"
         name = f'<i class=dot style="background:{_colour(tree, model)}"></i>{escape(_title(model))}'
-        rows.append(([name, *cells.values()], "ours" if model["key"] == tree["chosen"] else ""))
-    return table(["", *_COLUMNS.values()], rows)
+        style = "ours" if model["key"] == tree["chosen"] else ""
+        for rows, columns in ((kept, _KEPT), (cost, _COST)):
+            rows.append(([name, *(cells[column] for column in columns)], style))
+    return table(["", *_KEPT.values()], kept) + table(["", *_COST.values()], cost)
 
 
 def _zeros(tree: Tree) -> str:
@@ -318,7 +332,7 @@ def _trade(tree: Tree) -> Figure:
             axis.axhline(1 - loss, color=GRID, lw=1, ls="--")
         axis.set_xlabel(title)
         axis.margins(0.2)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.3 * max(map(across, shown)))  # room for names
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes[0].set_title(f"kept of {_NAMES[metric]}, by size")
     axes[1].set_title(f"kept of {_NAMES[metric]}, by time")
