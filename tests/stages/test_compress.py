@@ -58,6 +58,13 @@ def run(untouched, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Only the model that is asked for is made and measured, not those that stand beside it."""
+    plans = compress._Job.plans
+    monkeypatch.setattr(compress._Job, "plans", lambda job: plans(job)[-1:])
+
+
 def config(*settings):
     return Config.load("files", ["evaluate.bootstrap=20", *FEW, *settings])
 
@@ -162,7 +169,7 @@ class TestPruned:
         again = compress.run(config("compress.prune=0.5"), run, ANY)
         assert again.config == pruned.config
 
-    def test_other_settings_train_again(self, run, pruned):
+    def test_other_settings_train_again(self, run, pruned, alone):
         before = Artifact.load(run / "compress" / "pruned-0.5-int8" / "adapt" / "retrieval")
         compress.run(config("compress.prune=0.5", "seed=2"), run, ANY)
         after = Artifact.load(run / "compress" / "pruned-0.5-int8" / "adapt" / "retrieval")
@@ -246,7 +253,7 @@ def test_two_devices_make_the_same_kind_of_model(untouched, tmp_path):
     assert len(made.recommend([Request(history=("i2", "i4"))], k=5)[0]) == 5
 
 
-def test_a_training_that_was_killed_goes_on(untouched, tmp_path, monkeypatch):
+def test_a_training_that_was_killed_goes_on(untouched, tmp_path, monkeypatch, alone):
     wanted = config("compress.prune=0.5", 'compress.parts=["text"]', "compress.epochs=3")
     made = []
     for name, kill in (("whole", False), ("killed", True)):
@@ -357,7 +364,7 @@ class TestBadInput:
         assert value in capsys.readouterr().err
 
 
-def test_a_lora_tuned_bert_is_taken_with_its_changes(tmp_path_factory, tmp_path):
+def test_a_lora_tuned_bert_is_taken_with_its_changes(tmp_path_factory, tmp_path, alone):
     shutil.copytree(board.tuned(tmp_path_factory, "lora"), tmp_path / "run")
     compress.run(config("compress.layers=1"), tmp_path / "run", ANY)
     made = load_recommender(tmp_path / "run" / "compress" / "student-1x32-int8")
