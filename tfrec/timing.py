@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from tfrec.bundle import Bundle
 from tfrec.engines import recommender_of
 from tfrec.errors import SetupError
-from tfrec.golden import Golden
+from tfrec.golden import Golden, predictions
 
 _MANY = 32
 _SAMPLE = 512  # texts that are read in turn
@@ -78,19 +77,17 @@ def _measure(folder: Path, seconds: float) -> dict[str, float]:
             found[name] = _median(recommender.engine.encode_text, groups, seconds)
     golden = Golden.load(bundle.folder / "golden")
     everyone, _ = recommender.asked(golden.requests)
-    tasks = dict.fromkeys(recommender.policy.tasks, 1.0)
-    policy = replace(recommender.policy, score=tasks)
 
     def rank(places: NDArray[np.int64]) -> None:
         asked = everyone.take(places)
-        recommender.parts(asked, golden.query[places], golden.candidates[places], policy)
+        predictions(recommender, asked, golden.query[places], golden.candidates[places])
 
     count = len(everyone)
     for query, ranks, size in (("query_ms", "rank_ms", 1), ("queries_ms", "ranks_ms", _MANY)):
         places = [np.arange(i, i + size) % count for i in range(count)]
         users = [everyone.take(some) for some in places]
         found[query] = _median(recommender.queries, users, seconds)
-        if tasks:
+        if recommender.policy.tasks:
             found[ranks] = _median(rank, places, seconds)
     found["request_ms"] = _median(
         recommender.recommend, [[one] for one in golden.requests], seconds

@@ -208,11 +208,12 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
         bundle.folder / name for name in bundle.artifact.files if not name.startswith("golden/")
     ]
     text = [path for path in files if path.parent.name == "text"]
+    packed = {path: len(gzip.compress(path.read_bytes(), 6)) for path in files}
     return {
         "text": sum(path.stat().st_size for path in text),
-        "text_gzip": sum(len(gzip.compress(path.read_bytes(), 6)) for path in text),
+        "text_gzip": sum(packed[path] for path in text),
         "bundle": sum(path.stat().st_size for path in files),
-        "bundle_gzip": sum(len(gzip.compress(path.read_bytes(), 6)) for path in files),
+        "bundle_gzip": sum(packed.values()),
     }
 
 

@@ -19,14 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfrec import metrics
-from tfrec.artifact import (
-    Artifact,
-    current,
-    disk_errors,
-    recipe_digest,
-    write_json,
-    writing,
-)
+from tfrec.artifact import Artifact, current, disk_errors, recipe_digest, write_json, writing
 from tfrec.baselines import EASE_LIMIT, Ease, carry_over, choose, matrix_of, tf_idf
 from tfrec.config import SCORE_PARTS, AdaptConfig, Config, RankingConfig, RetrievalConfig
 from tfrec.data.dataset import Dataset

@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfrec.artifact import (
-    Artifact,
-    current,
-    disk_errors,
-    recipe_digest,
-    write_json,
-    writing,
-)
+from tfrec.artifact import Artifact, current, disk_errors, recipe_digest, write_json, writing
 from tfrec.config import SEQUENCE_OBJECTIVES, TEXT_OBJECTIVES, Config
 from tfrec.data.dataset import Dataset
 from tfrec.data.history_text import history_texts

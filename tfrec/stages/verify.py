@@ -181,9 +181,7 @@ def _saved_models(
 def _signatures(models: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each model with each of its signatures, ``serving_default`` first."""
     for name, told in models.items():
-        for signature in sorted(
-            told["signatures"], key=lambda key: (key != "serving_default", key)
-        ):
+        for signature in sorted(told["signatures"], key=lambda key: (key != DEFAULT, key)):
             yield name, signature
 
 
